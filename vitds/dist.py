@@ -1,0 +1,103 @@
+"""Rank, world size, agreement between ranks, and how a rank ends.
+
+Importing this module starts nothing; outside a process group everything behaves as a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as torch_dist
+
+
+def rank() -> int:
+    """This process's rank, from the process group or, before there is one, from the launcher's environment."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's rank on its own host."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """True on the one rank that speaks and writes for all."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """`source`'s value on every rank. Sent by pickle between the ranks of one job, never to or from disk."""
+    if world_size() == 1 or not torch_dist.is_initialized():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def all_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1 or not torch_dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """Adds the tensor up over the ranks, in place; float64 accumulates exactly enough for counts and sums."""
+    if torch_dist.is_initialized() and torch_dist.get_world_size(group) > 1:
+        torch_dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def leave(code: int, *, orderly: bool = True) -> NoReturn:
+    """End this process with `code`, so that the launcher reports it.
+
+    With gloo process groups alive, interpreter shutdown aborts now and then after all work is done, and the first rank
+    to leave makes the launcher signal the others. So: a barrier, an orderly end of the group, flush, and out.
+
+    Args:
+        code: exit code (docs/design.md §3.8).
+        orderly: False after a failure, when other ranks may never reach the barrier.
+    """
+    if torch_dist.is_initialized() and orderly:
+        torch_dist.barrier()
+        torch_dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def leave_with_user_error(message: str) -> NoReturn:
+    """Print one message from one rank and end with exit code 2.
+
+    The other ranks of a host wait for the launcher to end them, so that the one that prints is the first to go.
+    """
+    if is_main():
+        print(f"vitds: {message}", file=sys.stderr, flush=True)
+    elif local_rank() != 0:
+        time.sleep(20)
+    sys.stdout.flush()
+    os._exit(2)

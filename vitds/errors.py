@@ -1,0 +1,30 @@
+"""Mistakes of the user's, told apart from faults of ours.
+
+A `UserError` reaches the user as one message from one rank with exit code 2 (docs/design.md §3.8);
+every other exception keeps its traceback and exits 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The user's input cannot be used as it is.
+
+    The message names the file, key or host, the value, what is allowed and the nearest right word.
+    """
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the allowed word closest to `word`, or an empty string when none is close."""
+    by_lower = {candidate.lower(): candidate for candidate in allowed}
+    close = difflib.get_close_matches(str(word).lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def one_of(what: str, value: object, allowed: Iterable[str]) -> str:
+    """The message for a value that is not among the allowed ones: `what`, the value, the nearest, the list."""
+    names = list(allowed)
+    return f"{what}: {value!r} is not known{nearest(str(value), names)}; allowed: {', '.join(map(str, names))}"
