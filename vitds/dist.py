@@ -8,10 +8,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+
+from vitds.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -72,6 +77,35 @@ def sum_over_ranks(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
     return tensor
 
 
+def mean(tensor: torch.Tensor) -> float:
+    """Mean over the tensor's elements and over the ranks; waits for the device."""
+    total = tensor.detach().double().mean()
+    return float(sum_over_ranks(total)) / world_size()
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank; a `UserError` on any of them is raised on all."""
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    first = next((text for text in all_objects(message) if text is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return result  # type: ignore[return-value]
+
+
+_PARENT = os.getppid()
+
+
+def leave_if_alone() -> None:
+    """End this rank when its launcher is gone: nobody else would, and it would hold the accelerator for ever."""
+    if os.getppid() != _PARENT:
+        print(f"vitds: rank {rank()}: the launcher is gone; stopping", file=sys.stderr, flush=True)
+        leave(1, orderly=False)
+
+
 def leave(code: int, *, orderly: bool = True) -> NoReturn:
     """End this process with `code`, so that the launcher reports it.
 
@@ -93,11 +127,11 @@ def leave(code: int, *, orderly: bool = True) -> NoReturn:
 def leave_with_user_error(message: str) -> NoReturn:
     """Print one message from one rank and end with exit code 2.
 
-    The other ranks of a host wait for the launcher to end them, so that the one that prints is the first to go.
+    Rank 0 speaks and is the first to go, whereupon the launcher ends the others. A rank that is still there after a
+    while was alone in its trouble, and speaks too.
     """
-    if is_main():
+    if not is_main():
+        time.sleep(5 if torch_dist.is_initialized() else 20)
+    if is_main() or torch_dist.is_initialized():
         print(f"vitds: {message}", file=sys.stderr, flush=True)
-    elif local_rank() != 0:
-        time.sleep(20)
-    sys.stdout.flush()
-    os._exit(2)
+    leave(2, orderly=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -13,8 +14,7 @@ import torch
 
 from vitds import dist
 from vitds.layout import Shard
-from vitds.optim import OPTIMIZERS
-from vitds.optim.base import LayoutOptimizer
+from vitds.optim import OPTIMIZERS, LayoutOptimizer, constructor_params
 from vitds.optim.elementwise import assert_elementwise
 from vitds.optim.groups import Group
 from vitds.zero.foreign import ForeignState
@@ -35,7 +35,9 @@ def init_distributed(timeout_minutes: float = 30) -> None:
     # DeepSpeed compiles a shared-memory op for inference when it starts on CPUs: 40 s, a lock that a killed process
     # leaves behind and every later start waits for, and 69 MB of /dev/shm a rank. Training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its warnings are about consent and deprecations; what a user must know is said by vitds.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
@@ -67,7 +69,7 @@ class TrainingEngine:
         section = {**section, "zero_allow_untested_optimizer": True, "gradient_accumulation_steps": gradient_accumulation_steps}
         client = client_optimizer(optimizer, zero_stage(section))
         if client is None:
-            section["optimizer"] = optimizer
+            section["optimizer"] = {**optimizer, "params": constructor_params(optimizer.get("params", {}))}
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups, optimizer=client and _asleep(client), config=section
         )
@@ -222,7 +224,7 @@ def client_optimizer(optimizer: dict[str, Any], stage: int) -> Callable[[Any], t
     Raises:
         UserError: under ZeRO, an optimizer whose update is not elementwise and knows no layout.
     """
-    name, params = optimizer["type"], optimizer.get("params", {})
+    name, params = optimizer["type"], constructor_params(optimizer.get("params", {}))
     cls: Any = OPTIMIZERS.get(name)
     if cls is None and name in OWN_NAMES:
         return None

@@ -1,0 +1,46 @@
+# make train   set up and train the example on this machine's GPUs, or on its CPU
+# make test    set up and run the tests
+# make lint    ruff and mypy
+# make bench   the benchmarks a CPU can run
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/digits
+CONFIG ?= ds_configs/digits.json
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# On a machine without a GPU: two processes on the CPU. On GPUs: all of them.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+ifneq ($(HAS_GPU),yes)
+export DS_ACCELERATOR ?= cpu
+export OMP_NUM_THREADS ?= 1
+RANKS ?= --num_gpus 2
+endif
+
+.PHONY: setup train test torture lint bench docs
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"vitds needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja numpy packaging
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+train: $(READY)
+	PATH=$(CURDIR)/$(BIN):$$PATH deepspeed $(RANKS) launcher/train.py --config $(CONFIG) --output-dir $(RUN)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/optimizer.py
+
+docs: $(READY)
+	$(BIN)/python -m vitds.cli config-docs > docs/config.md

@@ -1,0 +1,149 @@
+"""What the ranks of a checkpoint test do: real gloo groups, ragged shards; each rank leaves its findings as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing
+
+from vitds.checkpoint import gather, newest_checkpoint, save_checkpoint
+from vitds.layout import Shard
+
+TRAINING_STATE = {"step": 12, "position": 2**40, "skipped": [[3, 5]], "lr": 0.1, "note": "ü"}
+EXTRA: dict[str, str | bytes] = {"config.json": '{"model_type": "vit"}', "README.md": "# ViT ü".encode()}
+SMALL_FILES = {"model_file_bytes": 250, "optimizer_file_bytes": 300}
+WEIGHTS = {
+    "blocks.2.w": (10, 3),
+    "blocks.10.w": (4, 4),
+    "pos_embed": (1, 5, 7),
+    "head.bias": (13,),
+    "logit_scale": (),
+    "empty": (0, 4),
+}
+
+
+def logical() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Whole weights and state; with bits that a detour over another dtype would lose."""
+    generator = torch.Generator().manual_seed(0)
+    weights, state = {}, {}
+    for name, shape in WEIGHTS.items():
+        weights[name] = torch.randn(shape, generator=generator)
+        state[f"{name}.exp_avg"] = torch.randn(shape, generator=generator).bfloat16()
+        state[f"{name}.step"] = torch.tensor(2**53 + 1)
+    weights["head.bias"][:3] = torch.tensor([float("nan"), -0.0, float("inf")])
+    state["blocks.2.w.exp_avg_sq_row"] = torch.randn(10, generator=generator)
+    state["blocks.2.w.mask"] = torch.rand(10, 3, generator=generator) > 0.5
+    return weights, state
+
+
+def shards(tensors: dict[str, torch.Tensor], rank: int, world: int) -> list[Shard]:
+    """Rank's live part of each tensor: cut at random places, often in mid-row, often empty or absent."""
+    group = torch_dist.group.WORLD if world > 1 else None
+    found = []
+    for name, tensor in tensors.items():
+        flat, shape = tensor.reshape(-1).clone(), tuple(tensor.shape)
+        if name.endswith((".step", "_row")):
+            found.append(Shard(name, shape, flat, group=group, replicated=True))
+            continue
+        draw = random.Random(f"{name} {world}")
+        cuts = [0, *sorted(draw.randint(0, flat.numel()) for _ in range(world - 1)), flat.numel()]
+        part = flat[cuts[rank] : cuts[rank + 1]].clone()
+        if part.numel() or rank % 2 == 0:
+            found.append(Shard(name, shape, part, cuts[rank], group))
+    random.Random(rank).shuffle(found)
+    return found
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def zeroed(given: list[Shard]) -> list[Shard]:
+    return [Shard(s.name, s.shape, torch.zeros_like(s.data), s.start, s.group, s.replicated) for s in given]
+
+
+def load_and_save_again(source: Path, target: Path, rank: int, world: int) -> bool:
+    """Load at this world size, compare bit for bit with what the rank should hold, save what was loaded."""
+    weights, state = (shards(tensors, rank, world) for tensors in logical())
+    checkpoint = newest_checkpoint(source)
+    assert checkpoint is not None
+    got_weights, got_state = zeroed(weights), zeroed(state)
+    checkpoint.read_into(got_weights)
+    checkpoint.read_into(got_state)
+    equal = all(bits(a.data) == bits(b.data) for a, b in zip(weights + state, got_weights + got_state, strict=True))
+    save_checkpoint(target, checkpoint.step, got_weights, got_state, checkpoint.training_state, EXTRA, **SMALL_FILES)
+    return equal and checkpoint.training_state == TRAINING_STATE
+
+
+def failure_of(action: Any) -> str:
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def work(rank: int, world: int, root: Path) -> None:
+    """One rank of a world: the first world saves, every world loads what the first saved and saves it again."""
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{root}/store-{world}", rank=rank, world_size=world)
+    gather.CHUNK_BYTES = 24
+    weights, state = (shards(tensors, rank, world) for tensors in logical())
+    found: dict[str, Any] = {}
+    if world == 3:
+        save_checkpoint(root / "first", 12, weights, state, TRAINING_STATE, EXTRA, **SMALL_FILES)
+        for absent in range(world):
+            cut = [Shard("cut", (9,), torch.ones(3), 3 * rank, torch_dist.group.WORLD)] if rank != absent else []
+            found[f"hole {absent}"] = failure_of(
+                partial(save_checkpoint, root / "hole", 1, weights + cut, state, {}, {})
+            )
+        twice = weights + [s for s in weights if rank == 2 and s.name == "blocks.2.w"]
+        found["twice"] = failure_of(lambda: save_checkpoint(root / "hole", 1, twice, state, {}, {}))
+        blocked = root / "a file"
+        if rank == 0:
+            blocked.write_text("in the way of a directory")
+        found["blocked"] = failure_of(lambda: save_checkpoint(blocked, 1, weights, state, {}, {}))
+        found["not json"] = failure_of(lambda: save_checkpoint(root / "first", 13, weights, state, {"x": math.nan}, {}))
+        large = [
+            Shard("large", (3 * 40_000,), torch.full((40_000,), float(rank)), rank * 40_000, torch_dist.group.WORLD)
+        ]
+        gather.CHUNK_BYTES = 2**14
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        found["full disk"] = failure_of(lambda: save_checkpoint(root / "first", 14, large, state, {}, {}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        gather.CHUNK_BYTES = 24
+    found["equal"] = load_and_save_again(root / "first", root / f"again-{world}", rank, world)
+    (root / f"found-{world}-{rank}.json").write_text(json.dumps(found))
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def launch(world: int, root: Path) -> list[dict[str, Any]]:
+    """Run `work` on real processes; what each rank found."""
+    ranks = torch.multiprocessing.start_processes(work, (world, root), nprocs=world, join=False, start_method="fork")
+    deadline = time.monotonic() + 90
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"a world of {world} hangs")
+    return [json.loads((root / f"found-{world}-{rank}.json").read_text()) for rank in range(world)]
+
+
+def small_checkpoint(directory: Path | None = None, step: int = 12, **sizes: int) -> Path:
+    """A checkpoint written by a world of one."""
+    weights, state = (shards(tensors, 0, 1) for tensors in logical())
+    directory = directory or Path(tempfile.mkdtemp())
+    return save_checkpoint(directory, step, weights, state, TRAINING_STATE, EXTRA, **(sizes or SMALL_FILES))

@@ -1,0 +1,62 @@
+"""What a run keeps, and what it never deletes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoint_ranks import small_checkpoint
+
+from vitds.checkpoint import CheckpointSection, newest_checkpoint, prune, remove_leftovers
+from vitds.errors import UserError
+from vitds.sections import Duration, parse
+
+
+def steps(directory: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "newest", "kept"),
+    [
+        (1, None, None, [50]),
+        (2, None, None, [40, 50]),
+        (9, None, None, [10, 20, 30, 40, 50]),
+        (1, 20, None, [20, 40, 50]),
+        (2, 30, None, [30, 40, 50]),
+        (1, None, 30, [30, 40, 50]),
+    ],
+)
+def test_prune(tmp_path: Path, keep_last: int, keep_every: int | None, newest: int | None, kept: list[int]) -> None:
+    paths = {step: small_checkpoint(tmp_path, step) for step in (10, 20, 30, 40, 50)}
+    deleted = prune(tmp_path, keep_last, keep_every, paths.get(newest or 0))
+    assert steps(tmp_path) == kept
+    assert sorted(deleted) == [path for step, path in paths.items() if step not in kept]
+
+
+def test_the_only_whole_one_is_never_deleted(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        path = small_checkpoint(tmp_path, step)
+        if step > 10:
+            (path / "training_state.json").unlink()
+    assert prune(tmp_path, 1, None) == []
+    checkpoint = newest_checkpoint(tmp_path, report=lambda line: None)
+    assert checkpoint is not None
+    assert checkpoint.step == 10
+
+
+def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path, 10)
+    for name in ("step-000000020.tmp", "step-000000010.replaced.tmp", "mine.tmp", "step-20.tmp"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in remove_leftovers(tmp_path)] == ["step-000000010.replaced.tmp", "step-000000020.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.tmp", "step-000000010", "step-20.tmp"]
+    assert remove_leftovers(tmp_path / "none") == []
+
+
+def test_section() -> None:
+    section = parse(CheckpointSection, {"every_epochs": 2, "keep_last": 3}, "vitds.checkpoint")
+    assert section == CheckpointSection(Duration(2, "epochs"), 3, None, "full")
+    for wrong in ({"keep_last": 0}, {"keep_every_steps": 0}, {"verify": "fully"}, {"every": 3}):
+        with pytest.raises(UserError, match=r"vitds\.checkpoint"):
+            parse(CheckpointSection, wrong, "vitds.checkpoint")

@@ -1,0 +1,150 @@
+"""Sources: what each holds, that listings are stable, and that mistakes are told in one line."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitds import sections
+from vitds.data import SOURCES, DataSection, SourceSection, build_source, build_sources, folder
+from vitds.data.digits import held_out
+from vitds.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes of 2, 3 and 1 images, made in an order that is not the sorted one."""
+    for name, files in (("owl", ["b.PNG", "a.jpg"]), ("ant", ["3.jpeg", "10.webp", "2.bmp"]), ("été", ["x.png"])):
+        (tmp_path / name).mkdir()
+        for i, file in enumerate(files):
+            Image.new("RGB", (10, 8 + i), (50 * i, 0, 0)).save(tmp_path / name / file)
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    (tmp_path / "ant" / ".hidden.jpg").write_bytes(b"")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "readme.txt").write_text("no class")
+    return tmp_path
+
+
+def section(name, tmp_path):
+    return {
+        "digits": SourceSection("digits"),
+        "synthetic": SourceSection("synthetic", num_images=100, num_classes=7, image_size=12),
+        "folder": SourceSection("folder", path=str(tmp_path)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_keeps_the_contract(name, images):
+    first, second = (build_source(section(name, images), "train") for _ in range(2))
+    copy = pickle.loads(pickle.dumps(first))
+    assert len(first) == len(second) == len(copy) > 0
+    assert len(first.class_names) == first.num_classes
+    keys = set()
+    for index in range(len(first)):
+        image, label, key = first.read(index)
+        for other in (second, copy):
+            other_image, *others = other.read(index)
+            assert others == [label, key]
+            np.testing.assert_array_equal(np.frombuffer(other_image, np.uint8), np.frombuffer(image, np.uint8))
+        assert isinstance(image, bytes) or (image.dtype == np.uint8 and image.shape[2:] in ((), (3,)))
+        assert isinstance(label, int) and 0 <= label < first.num_classes
+        keys.add(key)
+    assert len(keys) == len(first)
+
+
+def test_digits_are_split_once_and_for_all():
+    train, evaluation = build_sources(DataSection(SourceSection("digits"), SourceSection("digits")), 10)
+    assert (len(train), len(evaluation)) == (1437, 360)
+    keys = [{source.read(i)[2] for i in range(len(source))} for source in (train, evaluation)]
+    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 1797
+    labels = [evaluation.read(i)[1] for i in range(360)]
+    assert np.bincount(labels).tolist() == [36] * 10
+    assert evaluation.read(0)[2] == "digits/0" and evaluation.read(359)[2] == "digits/1781"  # never to change
+    assert train.images.max() == 255 and evaluation.images.min() == 0
+    assert len(build_source(SourceSection("digits", split="eval"), "train")) == 360
+
+
+def test_held_out_is_spread_over_each_class():
+    labels = np.repeat([0, 1], [72, 360])
+    assert np.flatnonzero(held_out(labels)).tolist() == [*range(0, 72, 2), *range(72, 432, 10)]
+
+
+def test_folder_lists_classes_and_files_by_name(images):
+    source = build_source(SourceSection("folder", path=str(images)), "train")
+    assert source.class_names == ["ant", "owl", "été"]
+    listed = [source.read(i)[1:] for i in range(len(source))]
+    assert listed == [
+        (0, "ant/10.webp"), (0, "ant/2.bmp"), (0, "ant/3.jpeg"), (1, "owl/a.jpg"), (1, "owl/b.PNG"), (2, "été/x.png"),
+    ]  # fmt: skip
+    assert source.read(3)[0] == (images / "owl" / "a.jpg").read_bytes()
+
+
+def test_a_read_that_fails_for_a_moment_is_repeated(images, monkeypatch):
+    source = build_source(SourceSection("folder", path=str(images)), "train")
+    path = images / "owl" / "a.jpg"
+    data = path.read_bytes()
+    path.unlink()
+    waits = []
+
+    def come_back_in_the_third_wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            path.write_bytes(data)
+
+    monkeypatch.setattr(folder.time, "sleep", come_back_in_the_third_wait)
+    assert source.read(3)[0] == data
+    assert waits == list(folder.RETRY_AFTER_SECONDS[:3])
+
+
+def test_a_read_that_keeps_failing_names_the_file(images, monkeypatch):
+    source = build_source(SourceSection("folder", path=str(images)), "train")
+    (images / "owl" / "a.jpg").unlink()
+    monkeypatch.setattr(folder, "RETRY_AFTER_SECONDS", (0.0, 0.0))
+    with pytest.raises(RuntimeError, match=r"owl/a\.jpg: cannot be read \(No such file.*3 attempts"):
+        source.read(3)
+
+
+def test_folders_that_cannot_be_used_are_refused(images, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    bare = tmp_path_factory.mktemp("bare")
+    Image.new("L", (4, 4)).save(bare / "a.png")
+    hollow = tmp_path_factory.mktemp("hollow")
+    for name in ("full", "void", "words"):
+        (hollow / name).mkdir()
+    Image.new("L", (4, 4)).save(hollow / "full" / "a.png")
+    (hollow / "words" / "a.txt").write_text("")
+    for path, message in (
+        (None, "vitds.data.train.path: missing"),
+        (images / "nowhere", "is not there"),
+        (images / "readme.txt", "is not a folder"),
+        (empty, "holds nothing; expected one folder per class"),
+        (bare, "holds 1 images but no class folders"),
+        (hollow, "2 of 3 class folders of .* hold no image .*: 'void', 'words'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_source(SourceSection("folder", path=path and str(path)), "train")
+
+
+def test_sections_and_sources_that_do_not_fit_are_refused(images, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for name in ("ant", "bee"):
+        (other / name).mkdir()
+        Image.new("L", (4, 4)).save(other / name / "a.png")
+    folders = DataSection(SourceSection("folder", path=str(images)), SourceSection("folder", path=str(other)))
+    with pytest.raises(UserError, match=r"only in train: owl, été; only in eval: bee"):
+        build_sources(folders, 10)
+    with pytest.raises(UserError, match=r"vitds.data.train: 3 classes \(ant, owl, été\), but vitds.model.num_classes is 2"):
+        build_sources(folders, 2)
+    with pytest.raises(UserError, match="path: source 'digits' does not read it; it reads split"):
+        build_source(SourceSection("digits", path="x"), "train")
+    for given, message in (
+        ({"train": {"source": "digit"}}, "did you mean 'digits'"),
+        ({"train": {"source": "digits", "split": "test"}}, "vitds.data.train.split"),
+        ({"train": {"source": "digits", "transforms": ["flip"]}}, "transforms.*'flip' is not known"),
+        ({"train": {"source": "synthetic", "num_images": 0}}, "num_images: expected a whole number ≥ 1"),
+        ({"train": {"source": "digits"}, "prefetch": 0}, "prefetch: expected at least 1"),
+        ({"train": {"source": "digits"}, "mix_up": 0.2}, "did you mean 'mixup'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sections.parse(DataSection, given, "vitds.data")

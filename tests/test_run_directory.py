@@ -1,0 +1,312 @@
+"""The run directory: one owner (real processes that hold it, die and hang), atomic files, no mixing of two runs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitds import lease
+from vitds.errors import UserError
+from vitds.json_files import write_json
+from vitds.run_directory import RunDirectory, differences
+
+RUN = {
+    "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": 8,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "ModifiedAdafactor", "params": {"lr": 1e-3, "weight_decay": 0.03}},
+    "tensorboard": {"enabled": True},
+    "vitds": {
+        "model": {"variant": "ViT-S/16", "num_classes": 10},
+        "groups": [["head", {"weight_decay": 3.0}]],
+        "train": {"total_steps": 100, "seed": 0},
+        "checkpoint": {"every_steps": 10},
+    },
+}
+
+FORK = multiprocessing.get_context("fork")
+
+
+def _hold(directory: Path, answers: Connection) -> None:
+    answers.send("ready")
+    answers.recv()
+    try:
+        RunDirectory(directory).acquire(wait_seconds=0)
+        answers.send("held")
+    except UserError as error:
+        answers.send(str(error))
+    answers.recv()
+
+
+@contextmanager
+def other_processes(directory: Path, number: int = 1) -> Iterator[list[tuple[BaseProcess, str]]]:
+    """Processes that try to own the directory, all at one time, and what became of each; they live on in the block."""
+    started = []
+    for _ in range(number):
+        here, there = FORK.Pipe()
+        process = FORK.Process(target=_hold, args=(directory, there), daemon=True)
+        process.start()
+        started.append((process, here))
+    try:
+        for step in ("ready", "go"):
+            for _, here in started:
+                if step == "ready":
+                    assert here.recv() == "ready"
+                else:
+                    here.send("go")
+        yield [(process, here.recv()) for process, here in started]
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.join()
+
+
+def set_at(run: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """A copy of the run file with one key changed."""
+    changed = json.loads(json.dumps(run))
+    *parents, last = dotted.split(".")
+    place = changed
+    for word in parents:
+        place = place[word]
+    place[last] = value
+    return changed
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def held_by(path: Path, **holder: Any) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "lease.json").write_text(json.dumps(holder))
+
+
+def owner(path: Path) -> dict[str, Any]:
+    return json.loads((path / "lease.json").read_text())
+
+
+def test_a_living_owner_is_named_and_a_killed_one_succeeded(tmp_path: Path) -> None:
+    with other_processes(tmp_path) as [(process, answer)]:
+        assert answer == "held"
+        assert owner(tmp_path)["pid"] == process.pid
+        for wait in (0, 0.2):
+            with pytest.raises(
+                UserError, match=rf"in use by host {socket.gethostname()}, pid {process.pid} .*\d s ago"
+            ):
+                RunDirectory(tmp_path).acquire(wait_seconds=wait)
+        assert owner(tmp_path)["pid"] == process.pid, "the loser leaves the owner's lease alone"
+        process.kill()
+        until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        with RunDirectory(tmp_path):  # not even reaped by its parent yet
+            assert owner(tmp_path)["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == [], "released, and nothing left behind"
+
+
+def test_waits_for_an_owner_who_is_about_to_finish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with other_processes(tmp_path) as [(process, _)]:
+        end = threading.Timer(0.3, process.kill)
+        end.start()
+        with RunDirectory(tmp_path):
+            assert owner(tmp_path)["pid"] == os.getpid()
+        end.join()
+    assert capsys.readouterr().err.count("waiting") == 1
+
+
+@pytest.mark.parametrize("before", [None, {"host": "elsewhere", "pid": 1, "time": 1e9}])
+def test_of_many_starts_at_once_one_wins(tmp_path: Path, before: dict[str, Any] | None) -> None:
+    for round in range(5):
+        if before:
+            held_by(tmp_path / str(round), **before)
+        else:
+            (tmp_path / str(round)).mkdir()
+        with other_processes(tmp_path / str(round), 6) as outcomes:
+            [winner] = [process for process, answer in outcomes if answer == "held"]
+            assert owner(tmp_path / str(round))["pid"] == winner.pid
+            assert sum("in use by" in answer for _, answer in outcomes) == 5
+            assert os.listdir(tmp_path / str(round)) == ["lease.json"]
+
+
+def test_the_lease_of_another_host(tmp_path: Path) -> None:
+    held_by(tmp_path / "fresh", host="elsewhere", pid=7, time=time.time() - 30)
+    with pytest.raises(UserError, match=r"in use by host elsewhere, pid 7 \(lease renewed 3\d s ago\)"):
+        RunDirectory(tmp_path / "fresh").acquire(wait_seconds=0.2)
+    held_by(tmp_path / "stale", host="elsewhere", pid=7, time=time.time() - 61)
+    with RunDirectory(tmp_path / "stale"):
+        assert owner(tmp_path / "stale")["pid"] == os.getpid()
+
+
+def test_a_pid_used_again_is_not_the_owner(tmp_path: Path) -> None:
+    """This very process has the pid, but another start time; in another container the pid means nothing here."""
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    held_by(tmp_path / "again", **me, started=1)
+    with RunDirectory(tmp_path / "again"):
+        pass
+    held_by(tmp_path / "hung", **{**me, "time": time.time() - 1000})
+    with pytest.raises(UserError, match="in use by"):
+        RunDirectory(tmp_path / "hung").acquire(wait_seconds=0)
+    held_by(tmp_path / "container", **me | {"pid": 2**22 + 1}, machine="another")
+    with pytest.raises(UserError, match="in use by"):
+        RunDirectory(tmp_path / "container").acquire(wait_seconds=0)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"host": "a", "pi', b"[1]", b'{"host": "a"}', b"\xff\x00"])
+def test_a_torn_lease_runs_out(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "lease.json"
+    path.write_bytes(torn)
+    with pytest.raises(UserError, match="cannot be read"):
+        RunDirectory(tmp_path).acquire(wait_seconds=0)
+    os.utime(path, (time.time() - 16, time.time() - 16))
+    with RunDirectory(tmp_path):
+        assert owner(tmp_path)["pid"] == os.getpid()
+
+
+def test_an_owner_renews_and_notices_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    run = RunDirectory(tmp_path)
+    run.acquire()
+    first = owner(tmp_path)["time"]
+    until(lambda: owner(tmp_path)["time"] > first)
+    thief = {"host": "elsewhere", "pid": 7, "time": time.time(), "token": "another"}
+
+    def stolen() -> bool:
+        # A renewal that has just read its own name may still come after a theft; so steal until it is noticed.
+        write_json(tmp_path / "lease.json", thief)
+        return run._lease._lost_to is not None
+
+    until(stolen)
+    with pytest.raises(RuntimeError, match=r"now belongs to host elsewhere, pid 7"):
+        run.event("save")
+    assert not (tmp_path / "events.jsonl").exists()
+    run.release()
+    assert owner(tmp_path)["host"] == "elsewhere"
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with RunDirectory(tmp_path / "run") as run:
+        run.write_config(RUN)
+        run.event("start")
+        run.outcome("finished", 0, 100)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_path_that_is_a_file(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"/file is a file, not a directory"):
+        RunDirectory(f"{tmp_path}/file{below}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_path_that_cannot_be_written() -> None:
+    with pytest.raises(UserError, match="output directory /proc/run cannot be written"):
+        RunDirectory("/proc/run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("train_batch_size", 128, "train_batch_size: 64 → 128"),
+        ("optimizer.params.lr", 1e-2, "optimizer.params.lr: 0.001 → 0.01"),
+        ("optimizer.type", "Adam", 'optimizer.type: "ModifiedAdafactor" → "Adam"'),
+        ("vitds.model.variant", "ViT-B/16", 'vitds.model.variant: "ViT-S/16" → "ViT-B/16"'),
+        ("vitds.model.pool", "gap", 'vitds.model.pool: (not set) → "gap"'),
+        ("vitds.groups", [], "vitds.groups: "),
+        ("vitds.train.seed", 1, "vitds.train.seed: 0 → 1"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, key: str, value: Any, line: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_config(RUN)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError) as raised:
+        RunDirectory(tmp_path).write_config(set_at(RUN, key, value))
+    assert line in str(raised.value)
+    assert str(raised.value).count("→") == 2, "the heading's, and the one difference"
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_what_may_change_is_kept_and_told(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.stored_config() is None
+    run.write_config(RUN)
+    changed = RUN
+    for key, value in {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization.stage": 3,
+        "bf16.enabled": False,
+        "tensorboard.enabled": False,
+        "vitds.train.total_steps": 200,
+        "vitds.checkpoint.every_steps": 5,
+    }.items():
+        changed = set_at(changed, key, value)
+    run.write_config(changed)
+    run.write_config(changed)
+    assert run.stored_config() == changed
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["config"]
+    assert "vitds.train.total_steps: 100 → 200" in events[0]["changes"]
+    assert len(events[0]["changes"]) == 6
+
+
+def test_directories_that_are_no_run_s(tmp_path: Path) -> None:
+    (tmp_path / "orphans/checkpoints/step-000000010").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        RunDirectory(tmp_path / "orphans").write_config(RUN)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text('{"a": 1,\n')
+    with pytest.raises(UserError, match=r"config.json cannot be read: .*line 2"):
+        RunDirectory(tmp_path / "broken").write_config(RUN)
+    assert (tmp_path / "broken/config.json").read_text() == '{"a": 1,\n'
+
+
+def test_differences() -> None:
+    assert differences({"a": 1, "b": None, "c": {"d": []}}, {"a": 1.0, "c": None}) == []
+    assert differences({"a": 0}, {"a": None}) == ["a: 0 → (not set)"]
+    assert differences(None, {"a": {"b": 1}}) == ["a.b: (not set) → 1"]
+    assert differences({"a": False, "b": [1]}, {"a": "", "b": [2]}) == ['a: false → ""', "b: [1] → [2]"]
+
+
+def test_events_and_outcome(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.event("start", world_size=2)
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"time": 1, "ki')  # killed while writing
+    run.event("skip", step=3, loss=float("nan"))
+    first, _, last = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert json.loads(first)["world_size"] == 2
+    assert (event := json.loads(last))["kind"] == "skip"
+    assert event["loss"] is None
+    assert event["time"] > 1e9
+    run.outcome("running", None, 3)
+    run.outcome("preempted", 75, 12)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome.pop("time") > 1e9
+    assert outcome == {"state": "preempted", "exit_code": 75, "step": 12}
+    assert sorted(os.listdir(run)) == ["events.jsonl", "outcome.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1, float("inf")]})
+    assert json.loads(path.read_text()) == {"a": [1, None]}
+    with pytest.raises(UnicodeEncodeError):
+        write_json(path, {"a": "\ud800"})
+    assert json.loads(path.read_text()) == {"a": [1, None]}
+    assert os.listdir(tmp_path) == ["a.json"]

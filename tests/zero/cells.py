@@ -1,0 +1,40 @@
+"""The cells of the ZeRO matrix: one DeepSpeed section each, with its wrapper's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FP32: dict[str, Any] = {}
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}}
+FP32_SUM = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+BF16_SUM = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp32"}
+FP16_SUM = {"data_types": {"grad_accum_dtype": "fp16"}, "communication_data_type": "fp32"}
+
+
+def _cell(precision: dict[str, Any], sums: dict[str, Any], stage: int, **zero: Any) -> dict[str, Any]:
+    return {**precision, **sums, "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000, **zero}, "gradient_clipping": 0.5}
+
+
+CELLS: dict[str, dict[str, Any]] = {
+    "fp32 z0": _cell(FP32, FP32_SUM, 0),
+    "fp32 z1": _cell(FP32, FP32_SUM, 1),
+    "fp32 z2": _cell(FP32, FP32_SUM, 2),
+    "fp32 z2 round-robin": _cell(FP32, FP32_SUM, 2, round_robin_gradients=True),
+    "fp32 z2 aligned": _cell(FP32, FP32_SUM, 2, parameter_alignment=True),
+    "fp32 z2 no reduce-scatter": _cell(FP32, FP32_SUM, 2, reduce_scatter=False),
+    "fp32 z3": _cell(FP32, FP32_SUM, 3, stage3_param_persistence_threshold=0),
+    "fp32 z3 tiny sub-groups": _cell(FP32, FP32_SUM, 3, sub_group_size=500, stage3_param_persistence_threshold=100),
+    "bf16 z0": _cell(BF16, BF16_SUM, 0),
+    "bf16 z1": _cell(BF16, BF16_SUM, 1),
+    "bf16 z1 fp32 sums": _cell(BF16, FP32_SUM, 1),
+    "bf16 z2": _cell(BF16, FP32_SUM, 2),
+    "bf16 z2 round-robin": _cell(BF16, FP32_SUM, 2, round_robin_gradients=True),
+    "bf16 z3": _cell(BF16, FP32_SUM, 3, stage3_param_persistence_threshold=0),
+    "bf16 z3 tiny sub-groups": _cell(BF16, FP32_SUM, 3, sub_group_size=500),
+    "fp16 z0": _cell(FP16, FP16_SUM, 0),
+    "fp16 z2": _cell(FP16, FP32_SUM, 2),
+    "fp16 z3": _cell(FP16, FP32_SUM, 3),
+}
+ACCUMULATION = 2
+STEPS = 20

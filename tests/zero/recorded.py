@@ -1,0 +1,133 @@
+"""A model whose gradients are whatever was recorded: loss = Σ ⟨parameter, gradient⟩.
+
+Its parameters have the ragged shapes and per-head views of a ViT in small. Run as a script under `deepspeed` it steps
+every optimizer in every cell of the matrix and writes the masters it ends with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.zero.cells import ACCUMULATION, CELLS, STEPS
+from vitds import dist
+from vitds.optim.groups import build_groups
+
+D, HEADS, HEAD, MLP = 66, 2, 33, 71
+SHAPES = {
+    "qkv_weight": (3 * D, D), "qkv_bias": (3 * D,), "proj_weight": (D, D), "fc1_weight": (MLP, D), "fc1_bias": (MLP,),
+    "fc2_weight": (D, MLP), "pos_embed": (1, 37, D), "patch_weight": (D, 3, 5, 5), "latent": (1, 1, D), "norm_weight": (D,),
+    "head_weight": (45, D), "head_bias": (45,), "scalar": (1,),
+}  # fmt: skip
+VIEWS = {"qkv_weight": (3, HEADS, HEAD, D), "qkv_bias": (3, HEADS, HEAD), "proj_weight": (D, HEADS, HEAD)}
+PATTERNS = [("head", "head_weight"), ("kernels", ".*_weight(?<!norm_weight)(?<!head_weight)"), ("rest", ".*")]
+OPTIMIZERS = {
+    "ModifiedAdafactor": {"lr": 1e-2, "weight_decay": 0.03, "head_weight_decay": 3.0},
+    "HalfPrecisionMomentumAdam": {"lr": 1e-2, "weight_decay": 0.03, "head_weight_decay": 3.0},
+    "HalfPrecisionMomentumSGD": {"lr": 1.0, "weight_decay": 0.03},
+}
+
+
+def initial(name: str) -> torch.Tensor:
+    """The parameter's first value, fp32."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(SHAPES[name], generator=generator) * 0.02
+
+
+def gradient(name: str, step: int, micro: int, rank: int, world: int) -> torch.Tensor:
+    """One micro batch's gradient on one rank: exact in 16 bits, and so are the sums over micro batches and ranks.
+
+    Values are multiples of 2^-10 up to 15·2^-10 in size. Over three ranks each rank has the same gradient, so that the
+    division by three rounds once and not thrice.
+    """
+    seed = sum(map(ord, name)) * 1009 + step * 31 + micro * 7 + (rank if world == 2 else 0)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-15, 16, SHAPES[name], generator=generator).float() * 2.0**-10
+
+
+def factor(step: int) -> float:
+    """The schedule: a first update with rate 0, as after a warmup start, then all different."""
+    return 0.0 if step == 0 else 1 / (1 + 0.1 * step)
+
+
+def groups(optimizer: str):
+    """The parameter groups of an optimizer's settings."""
+    settings = OPTIMIZERS[optimizer]
+    return build_groups(
+        SHAPES, lr=settings["lr"], weight_decay=settings["weight_decay"], head_weight_decay=settings.get("head_weight_decay"),
+        decay_patterns=PATTERNS, overrides=[],
+    )  # fmt: skip
+
+
+class Recorded(torch.nn.Module):
+    """Holds the parameters; its loss has the recorded gradients."""
+
+    shapes = SHAPES
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device="meta")))
+
+    def factored_views(self) -> dict[str, tuple[int, ...]]:
+        return VIEWS
+
+    def forward(self, step: int, micro: int) -> torch.Tensor:
+        terms = [
+            (parameter.float() * gradient(name, step, micro, dist.rank(), dist.world_size())).sum()
+            for name, parameter in self.named_parameters()
+        ]
+        return torch.stack(terms).sum()
+
+
+def run(optimizer: str, section: dict, breaking: bool = False) -> dict[str, torch.Tensor]:
+    """Step one optimizer in one cell; this rank's fragments of the masters, keyed `name|start`."""
+    from vitds.zero.engine import TrainingEngine
+
+    section = {**section, "train_micro_batch_size_per_gpu": 1, "train_batch_size": ACCUMULATION * dist.world_size()}
+    engine = TrainingEngine(Recorded(), groups(optimizer), {"type": optimizer, "params": {}}, section, ACCUMULATION)
+    for shard in engine.master_shards():
+        shard.data.copy_(initial(shard.name).view(-1)[shard.start : shard.start + shard.data.numel()])
+    engine.refresh_weights()
+    assert engine.counters()["optimizer"]["updates"] == 0, "the count starts before the first update"
+    for step in range(STEPS):
+        engine.set_learning_rate(factor(step))
+        for micro in range(ACCUMULATION):
+            engine.backward(engine(step, micro))
+            updated = engine.step()
+        assert updated, f"step {step} was skipped"
+    assert engine.counters()["optimizer"]["updates"] == STEPS
+    out = {f"{shard.name}|{shard.start}": shard.data.detach().clone().cpu() for shard in engine.master_shards()}
+    out["wrapper|" + engine.wrapper_name] = torch.zeros(1)
+    out["norm|0"] = torch.tensor([engine.gradient_norm])
+    out["state|" + str(engine.optimizer.state_bytes())] = torch.zeros(1)
+    engine.close()
+    return out
+
+
+def main(directory: str) -> None:
+    from safetensors.torch import save_file
+
+    from vitds.zero.engine import init_distributed
+
+    init_distributed()
+    results: dict[str, torch.Tensor] = {}
+    cells = [(o, c, s) for c, s in CELLS.items() for o in OPTIMIZERS if not c.startswith("fp16") or torch.cuda.is_available()]
+    for optimizer, cell, section in cells:
+        for key, value in run(optimizer, section).items():
+            results[f"{optimizer}|{cell}|{key}"] = value
+    # The negative control: without the sum over ranks the run looks just as healthy, and must be caught.
+    import vitds.optim.adafactor as adafactor
+
+    adafactor.sum_over_ranks = lambda tensor, group=None: tensor
+    for cell in ("fp32 z1", "fp32 z2", "fp32 z3"):
+        for key, value in run("ModifiedAdafactor", CELLS[cell]).items():
+            results[f"broken|{cell}|{key}"] = value
+    save_file(results, str(Path(directory) / f"rank{dist.rank()}.safetensors"))
+    dist.leave(0)
+
+
+if __name__ == "__main__":
+    main(next(word for word in sys.argv[1:] if not word.startswith("--")))

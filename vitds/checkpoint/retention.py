@@ -1,0 +1,101 @@
+"""How often to save, what to keep, and what dead saves leave behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitds import dist
+from vitds.checkpoint.format import REPLACED, TEMPORARY, check_directory, step_of
+from vitds.errors import UserError
+from vitds.sections import Duration, key
+
+_LEFTOVER = re.compile(rf"(step-\d{{9,18}})({re.escape(REPLACED)}|{re.escape(TEMPORARY)})")
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """Section `vitds.checkpoint` of the run file."""
+
+    every: Duration = key(
+        Duration(1000), "Length of training between two checkpoints; 0: only when the run ends or is preempted."
+    )
+    keep_last: int = key(2, "How many of the newest checkpoints are kept.")
+    keep_every_steps: int | None = key(
+        None, "Checkpoints at multiples of this step are kept for good; unset: none are."
+    )
+    verify: str = key(
+        "full", "What a resume checks: every file's SHA-256, or only its length.", choices=("full", "size")
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("keep_last", "keep_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"vitds.checkpoint.{name}: expected a whole number ≥ 1, found {value}")
+
+
+def prune(directory: Path, keep_last: int, keep_every_steps: int | None, newest: Path | None = None) -> list[Path]:
+    """Delete the checkpoints that the policy does not keep, and return them. Acts on rank 0, after a save.
+
+    Only whole checkpoints (by their files' lengths) count and are deleted; what is damaged stays for its owner to
+    look at. One always remains.
+
+    Args:
+        directory: the run's `checkpoints/`.
+        keep_last: how many of the newest to keep, at least 1.
+        keep_every_steps: keep multiples of it, too.
+        newest: the checkpoint just saved. Those of later steps belong to a course of training that was given up
+            (rolled back, or rejected at a resume): they neither count nor are deleted.
+    """
+    assert keep_last >= 1, keep_last
+    if not dist.is_main():
+        return []
+    limit = step_of(newest.name) if newest is not None else None
+    steps = {path: step_of(path.name) for path in directory.iterdir() if _is_whole(path)}
+    known = sorted(
+        (step, path) for path, step in steps.items() if step is not None and (limit is None or step <= limit)
+    )
+    deleted = []
+    for step, path in known[:-keep_last]:
+        if keep_every_steps is None or step % keep_every_steps:
+            # Under another name first: a directory that is half deleted must not look like a checkpoint.
+            doomed = path.with_name(path.name + TEMPORARY)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+            deleted.append(path)
+    return deleted
+
+
+def remove_leftovers(directory: Path) -> list[Path]:
+    """Remove what saves that died have left, and return it. Acts on rank 0, at start, when nobody else may write.
+
+    A checkpoint that had stepped aside for a new one of the same step, which never came, takes its name back.
+    """
+    if not dist.is_main() or not directory.is_dir():
+        return []
+    removed = []
+    for path in sorted(directory.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        name = path.with_name(match[1])
+        if match[2] == REPLACED and not name.exists():
+            os.rename(path, name)
+        else:
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed
+
+
+def _is_whole(path: Path) -> bool:
+    if step_of(path.name) is None:
+        return False
+    try:
+        check_directory(path)
+    except (UserError, OSError):
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""The whole state of a run: what a checkpoint holds besides tensors, and where a start takes its state from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vitds import dist
+from vitds.checkpoint.load import Checkpoint, WeightsFile, newest_checkpoint, open_checkpoint
+from vitds.checkpoint.save import save_checkpoint
+from vitds.errors import UserError
+from vitds.layout import Shard
+from vitds.models import ViTForImageClassification, VitdsImageProcessor, model_card
+from vitds.schedules import Schedule
+from vitds.zero.engine import TrainingEngine
+
+
+@dataclass
+class Progress:
+    """How far a run is; with the tensors, all that a resume needs."""
+
+    step: int = 0
+    """Updates made."""
+    position: int = 0
+    """Next global position of the image stream."""
+    images_seen: int = 0
+    """Images whose gradient was applied."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """[start, end) of positions whose batch was dropped."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Saves and restores one run's state.
+
+    Args:
+        engine: holds the masters and the optimizer's state.
+        model: names, shapes, initial values and configuration.
+        schedule: of this run; past steps of a restored one must have had the same rates.
+        resolved: the run file with every key explicit.
+        processor: prepares images for the saved model.
+    """
+
+    engine: TrainingEngine
+    model: ViTForImageClassification
+    schedule: Schedule
+    resolved: dict[str, Any]
+    processor: VitdsImageProcessor
+
+    def save(self, directory: Path, progress: Progress, evaluation: dict[str, float] | None = None) -> Path:
+        """Write `directory`/step-…; collective. RuntimeError on all ranks alike where it cannot be written."""
+        state = {
+            **asdict(progress),
+            "seed": self.resolved["vitds"]["train"]["seed"],
+            "schedule": self.schedule.to_json(),
+            "optimizer": self.resolved["optimizer"],
+            "groups": [
+                {"name": g.name, "lr": g.lr, "lr_mult": g.lr_mult, "weight_decay": g.weight_decay, "frozen": g.frozen}
+                for g in self.engine.groups.values()
+            ],
+            "counters": self.engine.counters(),
+            "evaluation": evaluation or {},
+            "world_size": dist.world_size(),
+            "zero_stage": self.resolved["zero_optimization"]["stage"],
+            "versions": {name: version(name) for name in ("vitds", "torch", "deepspeed", "transformers")},
+        }
+        extra = {
+            "config.json": self.model.config.to_json_string(use_diff=False),
+            "preprocessor_config.json": self.processor.to_json_string(),
+            "README.md": model_card(self.model.config),
+        }
+        return save_checkpoint(
+            directory, progress.step, self.engine.master_shards(), self.engine.state_shards(), state, extra
+        )
+
+    def restore(self, directory: Path, verify: str, init_from: Any | None) -> tuple[Progress, str]:
+        """Fill masters and optimizer state: own checkpoint, else `init_from`, else the initialisers. Collective.
+
+        Args:
+            directory: the run's `checkpoints/`.
+            verify: full or size.
+            init_from: section with `path` and `what`, or None.
+
+        Returns:
+            Where to go on, and a sentence that says from what.
+
+        Raises:
+            UserError: checkpoints that exist and cannot be used; past steps with other learning rates.
+        """
+        own = newest_checkpoint(directory, verify)
+        if own is not None:
+            return self._resume(own), f"resumed from {own.path}"
+        if init_from is not None and init_from.what == "all":
+            return self._resume(open_checkpoint(Path(init_from.path), verify)), f"forked from {init_from.path}"
+        if init_from is not None:
+            WeightsFile(Path(init_from.path)).read_into(self.engine.master_shards())
+            self.engine.refresh_weights()
+            return Progress(), f"weights from {init_from.path}"
+        self._initialise(self.engine.master_shards())
+        self.engine.refresh_weights()
+        return Progress(), "from scratch"
+
+    def _resume(self, checkpoint: Checkpoint) -> Progress:
+        state = checkpoint.training_state
+        stored, ours = state["optimizer"]["type"], self.resolved["optimizer"]["type"]
+        if stored != ours:
+            raise UserError(f"{checkpoint.path}: holds the state of optimizer {stored!r}, the run file has {ours!r}")
+        past = Schedule.from_json(state["schedule"])
+        differing = self.schedule.first_difference(past, checkpoint.step)
+        if differing is not None:
+            raise UserError(
+                f"{checkpoint.path}: with this run file's schedule ({_say(self.schedule)}) step {differing} would have had the rate "
+                f"factor {self.schedule(differing):.6g}, but it was trained with {past(differing):.6g} ({_say(past)}); keep the "
+                "schedule, start from a step before they part, or begin a new run with vitds.init_from.what = weights"
+            )
+        checkpoint.read_into([*self.engine.master_shards(), *self.engine.state_shards()])
+        self.engine.restore_counters(state["counters"])
+        self.engine.refresh_weights()
+        return Progress(checkpoint.step, state["position"], state["images_seen"], [list(pair) for pair in state["skipped"]])
+
+    def _initialise(self, shards: list[Shard]) -> None:
+        """Initial fp32 values, one parameter at a time: a function of (seed, name), so each rank makes its own slices."""
+        seed = self.resolved["vitds"]["train"]["seed"]
+        for shard in shards:
+            if shard.data.numel():
+                value = self.model.initial_tensor(shard.name, seed).view(-1)
+                shard.data.copy_(value[shard.start : shard.start + shard.data.numel()])
+
+
+def _say(schedule: Schedule) -> str:
+    stored = schedule.to_json()
+    return f"{stored['type']}, total {stored['total_steps']}, {json.dumps(stored['params'])}"

@@ -1,0 +1,294 @@
+"""The run file: DeepSpeed's keys as they are, plus one section `vitds`, which is the sum of the parts' sections.
+
+Everything is read, typed and cross-checked before any process group starts; whatever is wrong is one `UserError`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitds.checkpoint.retention import CheckpointSection
+from vitds.data import DataSection, SourceSection
+from vitds.errors import UserError, nearest
+from vitds.metrics import MonitorSections, monitor_sections
+from vitds.models import ModelSection
+from vitds.optim import check_optimizer
+from vitds.schedules import SchedulerSection
+from vitds.sections import Duration, key, parse, to_json
+from vitds.zero.engine import other_optimizer_names, precision, zero_stage
+from vitds.zero.section import check_deepspeed_section
+
+DEFAULT_OPTIMIZER = {"type": "ModifiedAdafactor", "params": {"lr": 8e-4, "weight_decay": 0.03, "head_weight_decay": 3.0}}
+MONITORS = ("tensorboard", "wandb", "csv_monitor")
+OURS = ("vitds", "_about", "scheduler", *MONITORS)
+"""Top-level sections that never reach DeepSpeed; `optimizer` does not either where the class is ours."""
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, with which seed, and how often what is done beside the steps."""
+
+    total: Duration = key(Duration(10_000), "Length of the run.")
+    seed: int = key(0, "Seed of the initial weights, the order of images and their augmentation.")
+    activation_checkpointing: str = key("none", "Recompute activations in the backward pass: none, full, every:N blocks or selective.")
+    compile: bool = key(False, "Compile the transformer blocks with torch.compile.")
+    tf32: bool = key(True, "Let fp32 matrix products use TF32 on GPUs that have it.")
+    log_every: Duration = key(Duration(50), "Interval of metrics rows and progress lines.")
+    eval_every: Duration = key(Duration(0), "Interval of evaluations; 0 evaluates at the end only.")
+    diagnostics_every: Duration = key(Duration(0), "Interval of per-block gradient, weight and update norms; 0 is never.")
+    peak_tflops: float | None = key(None, "Dense peak of one device in the training precision, for MFU; known for common GPUs.")
+
+
+@dataclass(frozen=True)
+class GuardSection:
+    """What happens when a loss or gradient is not finite. The weights never see it."""
+
+    nonfinite: str = key("stop", "stop ends the run before the update; skip drops the batch and goes on.", choices=("stop", "skip"))
+    max_skips: int = key(10, "Batches dropped in a row before the run stops all the same.")
+
+
+@dataclass(frozen=True)
+class InitFromSection:
+    """Where a fresh run takes its weights from; its own checkpoint always comes first."""
+
+    path: str = key(doc="A checkpoint directory (step-…), or a .safetensors file with this model's names.")
+    what: str = key("weights", "weights alone, or all: optimizer state, step and position too (a fork).", choices=("weights", "all"))
+
+
+@dataclass(frozen=True)
+class ClusterSection:
+    """The world sizes on which this run file may be started."""
+
+    min_gpus: int | None = key(None, "Fewest ranks.")
+    max_gpus: int | None = key(None, "Most ranks.")
+
+
+@dataclass(frozen=True)
+class VitdsSection:
+    """The section `vitds` of the run file."""
+
+    model: ModelSection = key(ModelSection(), "The Vision Transformer.")
+    data: DataSection = key(DataSection(SourceSection("synthetic")), "Where images come from and how they are prepared.")
+    train: TrainSection = key(TrainSection(), "Length, seed and intervals.")
+    checkpoint: CheckpointSection = key(CheckpointSection(), "When to save and what to keep.")
+    guard: GuardSection = key(GuardSection(), "What to do about losses and gradients that are not finite.")
+    init_from: InitFromSection | None = key(None, "Weights or a whole state to start from.")
+    groups: list[Any] = key([], "[[name pattern, {weight_decay, lr_mult, frozen}], …]: first full match wins.")
+    plugins: list[str] = key([], "Modules imported first; they may add to vitds.optim.OPTIMIZERS and the other registries.")
+    cluster: ClusterSection = key(ClusterSection(), "World sizes allowed.")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run file, checked. Each part of the program receives its own section of it, never the whole."""
+
+    deepspeed: dict[str, Any]
+    """DeepSpeed's half, as handed to it."""
+    optimizer: dict[str, Any]
+    rates: dict[str, Any]
+    """lr, weight_decay and head_weight_decay, which make the parameter groups."""
+    scheduler: SchedulerSection
+    monitors: MonitorSections
+    vitds: VitdsSection
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    resolved: dict[str, Any] = field(repr=False)
+    """Every key explicit; written to the run directory and kept in checkpoints."""
+
+
+def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: int = 1) -> RunFile:
+    """Read, override, check and resolve a run file for a world size.
+
+    Args:
+        path: the JSON file.
+        overrides: "a.b.c=value" strings; the value is JSON, else a string.
+
+    Raises:
+        UserError: anything wrong, with the file's name in front.
+    """
+    try:
+        given = _read(Path(path))
+        for text in overrides or []:
+            _override(given, text)
+        return _resolve(path, given, world_size)
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+
+def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+    """(micro batch, accumulation) with global = micro × accumulation × world size.
+
+    Raises:
+        UserError: it does not divide; the message lists what would.
+    """
+    if global_batch % world_size:
+        low = global_batch // world_size * world_size
+        near = " or ".join(str(b) for b in (low, low + world_size) if b > 0)
+        raise UserError(
+            f"train_batch_size: {global_batch} does not divide over {world_size} ranks; {near} would, or a number of ranks among "
+            f"{_divisors(global_batch)}"
+        )
+    per_rank = global_batch // world_size
+    micro = micro_batch or per_rank
+    if per_rank % micro:
+        raise UserError(
+            f"train_micro_batch_size_per_gpu: {micro} does not divide the {per_rank} images of each of {world_size} ranks "
+            f"(train_batch_size {global_batch}); these would: {_divisors(per_rank)}; or a train_batch_size of "
+            f"{max(1, global_batch // (micro * world_size)) * micro * world_size}"
+        )
+    return micro, per_rank // micro
+
+
+def _divisors(number: int, most: int = 12) -> str:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    every = sorted({*small, *(number // d for d in small)})
+    return ", ".join(map(str, every[-most:]))
+
+
+class _Twice(dict[str, Any]):
+    """A JSON object in which a key was given twice."""
+
+    key = ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's JSON object; duplicate keys, NaN and syntax errors are refused with their place."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        words = [word for word, _ in items]
+        repeated = [word for word in words if words.count(word) > 1]
+        if not repeated:
+            return dict(items)
+        twice = _Twice(items)
+        twice.key = repeated[0]
+        return twice
+
+    def constant(word: str) -> Any:
+        raise UserError(f"{path}: {word} is not JSON; write a number")
+
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        where = "is a directory" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {where}{nearest(path.name, siblings)}")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(given).__name__}")
+    for place, value in _walk(given):
+        if isinstance(value, _Twice):
+            raise UserError(f"{path}: {(place + '.' if place else '') + value.key}: the key is given twice")
+    return given
+
+
+def _walk(value: Any, place: str = "") -> list[tuple[str, Any]]:
+    found = [(place, value)]
+    if isinstance(value, dict):
+        for word, inner in value.items():
+            found += _walk(inner, f"{place}.{word}" if place else word)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            found += _walk(inner, f"{place}[{i}]")
+    return found
+
+
+def _override(given: dict[str, Any], text: str) -> None:
+    """Apply one `--set a.b.c=value`."""
+    place, equals, raw = text.partition("=")
+    if not equals or not all(place.split(".")):
+        raise UserError(f"--set {text!r}: expected KEY=VALUE with dots between the parts of the key, as in vitds.train.seed=1")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    *parents, last = place.split(".")
+    target: Any = given
+    for word in parents:
+        target = target.setdefault(word, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {text!r}: {word!r} holds {target!r}, not an object")
+    unit = last.rsplit("_", 1)
+    if len(unit) == 2 and unit[1] in ("steps", "images", "epochs", "percent") and last not in target:
+        # A length has one unit: the new one takes the old one's place.
+        for other in ("steps", "images", "epochs", "percent"):
+            target.pop(f"{unit[0]}_{other}", None)
+    target[last] = value
+
+
+def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
+    given = copy.deepcopy(given)
+    for place, value in _walk(given):
+        if value == "auto" and not place.startswith("_about"):
+            raise UserError(f"{place}: 'auto' is for another trainer; write the value")
+    section = parse(VitdsSection, given.get("vitds", {}), "vitds")
+    for module in section.plugins:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"vitds.plugins: {module!r} cannot be imported: {error}") from None
+    _check_cluster(section.cluster, world_size)
+
+    deepspeed = {word: value for word, value in given.items() if word not in OURS}
+    optimizer = check_optimizer(deepspeed.pop("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER)), other_optimizer_names())
+    if "lr" not in optimizer["params"]:
+        raise UserError("optimizer.params.lr: missing; the base learning rate, which the schedule multiplies")
+    params = optimizer["params"]
+    rates = {"lr": params["lr"], "weight_decay": params.get("weight_decay", 0.0), "head_weight_decay": params.get("head_weight_decay")}
+    scheduler = parse(SchedulerSection, given.get("scheduler", {}), "scheduler")
+    monitors = monitor_sections(given)
+
+    deepspeed.setdefault("zero_optimization", {"stage": 2})
+    deepspeed.setdefault("gradient_clipping", 1.0)
+    check_deepspeed_section(deepspeed)
+    micro = deepspeed.get("train_micro_batch_size_per_gpu")
+    global_batch = deepspeed.get("train_batch_size")
+    if global_batch is None:
+        if micro is None:
+            raise UserError("train_batch_size: missing; the number of images in one optimizer step over all ranks")
+        global_batch = micro * deepspeed.get("gradient_accumulation_steps", 1) * world_size
+    micro, accumulation = batches(global_batch, micro, world_size)
+    if deepspeed.get("gradient_accumulation_steps", accumulation) != accumulation:
+        raise UserError(
+            f"gradient_accumulation_steps: {deepspeed['gradient_accumulation_steps']} is not {global_batch} / ({micro} × {world_size}) = "
+            f"{accumulation}; leave it out, it follows from train_batch_size and the number of ranks"
+        )
+    _resolve_accumulation_dtype(deepspeed)
+    deepspeed |= {"train_batch_size": global_batch, "train_micro_batch_size_per_gpu": micro}
+    deepspeed.pop("gradient_accumulation_steps", None)
+    resolved = {
+        **({"_about": given["_about"]} if "_about" in given else {}),
+        **deepspeed, "optimizer": optimizer, "scheduler": to_json(scheduler), **to_json(monitors), "vitds": to_json(section),
+    }  # fmt: skip
+    return RunFile(deepspeed, optimizer, rates, scheduler, monitors, section, global_batch, micro, accumulation, resolved)
+
+
+def _resolve_accumulation_dtype(deepspeed: dict[str, Any]) -> None:
+    """Accumulate in fp32 unless told otherwise; at stage 0 in 16 bits DeepSpeed cannot."""
+    half = str(precision(deepspeed)).removeprefix("torch.")
+    types = deepspeed.setdefault("data_types", {})
+    accumulate = types.setdefault("grad_accum_dtype", "fp32")
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[half]
+    if zero_stage(deepspeed) == 0 and accumulate != short:
+        raise UserError(
+            f"data_types.grad_accum_dtype: ZeRO-0 cannot accumulate {short} gradients in {accumulate}; set zero_optimization.stage to 2 "
+            f"(legal on one GPU), or accept {short} accumulation by data_types.grad_accum_dtype={short}"
+        )
+
+
+def _check_cluster(cluster: ClusterSection, world_size: int) -> None:
+    for word, bound, bad in (
+        ("min_gpus", cluster.min_gpus, cluster.min_gpus is not None and world_size < cluster.min_gpus),
+        ("max_gpus", cluster.max_gpus, cluster.max_gpus is not None and world_size > cluster.max_gpus),
+    ):
+        if bad:
+            raise UserError(f"vitds.cluster.{word}: this start has {world_size} rank(s), the run file allows {'at least' if word == 'min_gpus' else 'at most'} {bound}")

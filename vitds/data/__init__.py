@@ -1,0 +1,28 @@
+"""Images in: where they come from, in what order, what is done to them, and which rank gets which."""
+
+from vitds.data.batch import Batch, picture, to_model_range
+from vitds.data.loader import EvalLoader, TrainLoader
+from vitds.data.order import order
+from vitds.data.randomness import augmentation_rng
+from vitds.data.samples import BadSample
+from vitds.data.section import DataSection, SourceSection
+from vitds.data.sources import SOURCES, Source, build_source, build_sources
+from vitds.data.transforms import TRANSFORMS
+
+__all__ = [
+    "SOURCES",
+    "TRANSFORMS",
+    "BadSample",
+    "Batch",
+    "DataSection",
+    "EvalLoader",
+    "Source",
+    "SourceSection",
+    "TrainLoader",
+    "augmentation_rng",
+    "build_source",
+    "build_sources",
+    "order",
+    "picture",
+    "to_model_range",
+]

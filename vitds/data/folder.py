@@ -1,0 +1,102 @@
+"""A folder of class folders of image files, as ImageNet is usually unpacked: PATH/CLASS/IMAGE."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from vitds.errors import UserError
+
+if TYPE_CHECKING:
+    from vitds.data.section import SourceSection
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+RETRY_AFTER_SECONDS = (0.1, 0.5, 2.0, 8.0)
+
+
+class Folder:
+    """Images listed once, classes and files in order of their names, so that every rank lists them alike.
+
+    Names that start with a dot are passed over. The listing is held as one block of bytes and an array of offsets:
+    millions of Python strings would be copied into every worker as their reference counts change.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("path",)
+    multi_label: ClassVar[bool] = False
+
+    def __init__(self, section: SourceSection, role: str) -> None:
+        place = f"vitds.data.{role}.path"
+        if section.path is None:
+            raise UserError(f"{place}: missing; source 'folder' needs the folder that holds one folder per class")
+        self.root = os.path.abspath(os.path.expanduser(section.path))
+        try:
+            self.class_names, files = _list_classes(self.root, place)
+        except OSError as error:
+            raise UserError(f"{place}: cannot list {error.filename!r}: {error.strerror}") from error
+        names = [os.fsencode(name) for in_class in files for name in in_class]
+        self.names = b"".join(names)
+        self.offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        self.labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(in_class) for in_class in files])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        label = int(self.labels[index])
+        name = os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]])
+        key = f"{self.class_names[label]}/{name}"
+        return read_file(os.path.join(self.root, self.class_names[label], name)), label, key
+
+
+def read_file(path: str) -> bytes:
+    """The file's bytes; storage that fails for a moment is asked again, for about ten seconds in all.
+
+    Raises:
+        RuntimeError: the last attempt failed too; names the file.
+    """
+    for delay in (*RETRY_AFTER_SECONDS, None):
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            if delay is None:
+                attempts = len(RETRY_AFTER_SECONDS) + 1
+                raise RuntimeError(f"{path}: cannot be read ({error.strerror}), {attempts} attempts") from error
+            time.sleep(delay)
+    raise AssertionError
+
+
+def _list_classes(root: str, place: str) -> tuple[list[str], list[list[str]]]:
+    """Class names and each class's file names, all sorted."""
+    if not os.path.isdir(root):
+        raise UserError(f"{place}: {root!r} is {'not a folder' if os.path.exists(root) else 'not there'}")
+    with os.scandir(root) as entries:
+        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    classes = [name for name, is_folder in found if is_folder]
+    if not classes:
+        images = sum(name.lower().endswith(EXTENSIONS) for name, _ in found)
+        what = f"{images} images but no class folders" if images else "no class folders" if found else "nothing"
+        raise UserError(f"{place}: {root!r} holds {what}; expected one folder per class, with the class's images in it")
+    files = []
+    for name in classes:
+        with os.scandir(os.path.join(root, name)) as entries:
+            files.append(sorted(entry.name for entry in entries if _is_image(entry.name)))
+    empty = [name for name, in_class in zip(classes, files, strict=True) if not in_class]
+    if empty:
+        listed = ", ".join(repr(name) for name in empty[:5]) + (", …" if len(empty) > 5 else "")
+        raise UserError(
+            f"{place}: {len(empty)} of {len(classes)} class folders of {root!r} hold no image "
+            f"({', '.join(EXTENSIONS)}): {listed}"
+        )
+    return classes, files
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")

@@ -1,0 +1,215 @@
+"""The one owner of a directory, as a small file that its owner renews.
+
+The file is created exclusively (O_EXCL), which also holds on network file systems, and says who owns the directory. An
+owner whose process is gone from this machine is succeeded at once; one on another machine when it has given no sign for
+60 seconds. Clocks of machines that share a directory must agree to well within that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from vitds.errors import UserError
+
+RENEW_SECONDS = 5.0
+STALE_SECONDS = 60.0
+UNREADABLE_SECONDS = 3 * RENEW_SECONDS
+"""A file that nobody can read is left alone so long: an owner who is alive would have renewed it."""
+WAIT_FOR_LIVING_SECONDS = 15.0
+WAIT_FOR_SILENT_SECONDS = STALE_SECONDS + WAIT_FOR_LIVING_SECONDS
+POLL_SECONDS = 0.1
+
+
+class Lease:
+    """Ownership of a directory through the file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._me: dict[str, Any] = {}
+        self._lost_to: str | None = None
+        self._over = threading.Event()
+        self._renewal: threading.Thread | None = None
+
+    def acquire(self, wait_seconds: float | None = None) -> None:
+        """Become the owner, waiting for another one as long as `RunDirectory.acquire` says.
+
+        Raises:
+            UserError: another process owns the directory.
+        """
+        assert self._renewal is None, "acquired twice"
+        pid = os.getpid()
+        self._me = {"host": socket.gethostname(), "pid": pid, "token": uuid.uuid4().hex}
+        self._me |= {"machine": _machine(), "started": _started(pid)}
+        first_times: dict[Any, Any] = {}
+        began, told = time.monotonic(), False
+        while not self._create(self.path):
+            text = _read(self.path)
+            if text is None:
+                continue
+            holder = _parse(text)
+            if self._is_gone(self.path, holder):
+                self._succeed(text)
+                continue
+            # A second time in one owner's lease is a sign of life.
+            renewed = holder.get("time") != first_times.setdefault(holder.get("token"), holder.get("time"))
+            alive = renewed or _is_here(holder)
+            patience = wait_seconds
+            if patience is None:
+                patience = WAIT_FOR_LIVING_SECONDS if alive else WAIT_FOR_SILENT_SECONDS
+            if time.monotonic() - began >= patience:
+                raise UserError(
+                    f"{self.path.parent} is in use by {_named(holder)}; stop that run, or take another --output-dir. "
+                    f"({self.path} is left behind only by a host that died; it runs out after {STALE_SECONDS:.0f} s.)"
+                )
+            if not told:
+                print(f"vitds: {self.path.parent} is in use by {_named(holder)}; waiting", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(POLL_SECONDS)
+        self._over.clear()
+        self._renewal = threading.Thread(target=self._renew_until_over, name="lease", daemon=True)
+        self._renewal.start()
+
+    def release(self) -> None:
+        """Stop renewing and remove the file, if it is still ours."""
+        if self._renewal is None:
+            return
+        self._over.set()
+        self._renewal.join()
+        self._renewal = None
+        if self._is_mine():
+            self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises RuntimeError when the lease was acquired and has since passed to another run."""
+        if self._lost_to is not None:
+            raise RuntimeError(
+                f"{self.path.parent} now belongs to {self._lost_to}; this run must not write to it any more"
+            )
+
+    def _renew_until_over(self) -> None:
+        while not self._over.wait(RENEW_SECONDS):
+            try:
+                if not self._is_mine():
+                    self._lost_to = _named(_parse(_read(self.path) or ""))
+                    return
+                self._replace()
+            except OSError as error:  # A file server that is away for a moment; the next renewal tries again.
+                print(f"vitds: {self.path} could not be renewed: {error}", file=sys.stderr, flush=True)
+
+    def _is_mine(self) -> bool:
+        text = _read(self.path)
+        return text is not None and _parse(text).get("token") == self._me["token"]
+
+    def _create(self, path: Path) -> bool:
+        """Write our name into a new file; False if there is a file."""
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "wb") as file:
+            file.write(self._text())
+        return True
+
+    def _replace(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{self._me['token']}.tmp")
+        temporary.write_bytes(self._text())
+        os.replace(temporary, self.path)
+
+    def _text(self) -> bytes:
+        return json.dumps({**self._me, "time": time.time()}).encode() + b"\n"
+
+    def _is_gone(self, path: Path, holder: dict[str, Any]) -> bool:
+        if not holder:
+            try:
+                return time.time() - path.stat().st_mtime > UNREADABLE_SECONDS
+            except FileNotFoundError:
+                return False
+        if _same_machine(holder):
+            return not _is_here(holder)
+        return time.time() - holder["time"] > STALE_SECONDS
+
+    def _succeed(self, gone: bytes) -> None:
+        """Remove the file of an owner that is gone. Of several who try at once, one gets to do it at a time, and only
+        while the file still says what was judged; otherwise a slow one could remove the lease of a quick one."""
+        turn = self.path.with_name(f"{self.path.name}.succession")
+        if not self._create(turn):
+            left_behind = _read(turn)
+            if left_behind is not None and self._is_gone(turn, _parse(left_behind)):
+                turn.unlink(missing_ok=True)
+            time.sleep(POLL_SECONDS)
+            return
+        try:
+            if _read(self.path) == gone:
+                self.path.unlink(missing_ok=True)
+        finally:
+            turn.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _parse(text: bytes | str) -> dict[str, Any]:
+    """Host, pid and time, and what else the owner wrote; {} for a torn file."""
+    try:
+        holder = json.loads(text)
+        return holder | {"host": str(holder["host"]), "pid": int(holder["pid"]), "time": float(holder["time"])}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _machine() -> str | None:
+    """This boot and pid namespace: containers may share a host name, but not what a pid means. None without /proc."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks after boot, which tells it from a later one of the same number.
+
+    None where /proc does not say; −1 for a process that has ended and only waits for its parent to notice.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def _same_machine(holder: dict[str, Any]) -> bool:
+    return holder.get("host") == socket.gethostname() and holder.get("machine") in (None, _machine())
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the owner is a living process of this machine."""
+    if not holder or not _same_machine(holder):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # alive, and another user's
+    started = _started(holder["pid"])
+    return started is None or (started >= 0 and holder.get("started") in (None, started))
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "an owner whose lease cannot be read"
+    return (
+        f"host {holder['host']}, pid {holder['pid']} (lease renewed {max(0, time.time() - holder['time']):.0f} s ago)"
+    )

@@ -1,0 +1,138 @@
+"""One row per logged step: to metrics.jsonl, the console and the monitors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from vitds import dist
+from vitds.json_files import append_row
+from vitds.metrics.monitors import Monitor, MonitorSections, open_monitors, tensorboard_directory
+from vitds.metrics.progress import Progress
+
+MAX_PICTURES = 64
+
+
+class Recorder:
+    """Where numbers go. On ranks other than 0 every method does nothing.
+
+    A step is the number of updates made: the first row is step 1, the last total_steps.
+
+    Args:
+        run_directory: where metrics.jsonl lies.
+        monitors: the run file's.
+        total_steps: of the whole run.
+        global_batch: images per step.
+        first_step: updates made before this start; what an earlier life of the run logged past it no longer counts.
+        run_file: the resolved run file, shown in the monitors.
+        stream: of the console; default standard output.
+
+    Raises:
+        UserError: a monitor that is enabled cannot be opened.
+    """
+
+    def __init__(
+        self,
+        run_directory: str | os.PathLike[str],
+        monitors: MonitorSections,
+        total_steps: int,
+        global_batch: int,
+        first_step: int = 0,
+        run_file: dict[str, Any] | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._monitors: list[Monitor] = []
+        self._is_main = dist.is_main()
+        self._first_step = first_step
+        if not self._is_main:
+            return
+        path = Path(run_directory)
+        self._rows = path / "metrics.jsonl"
+        self._progress = Progress(total_steps, global_batch, stream)
+        self._monitors = open_monitors(monitors, path, first_step, run_file or {})
+        if run_file is not None:
+            text = json.dumps(run_file, indent=2, ensure_ascii=False)
+            for monitor in self._monitors:
+                monitor.text("run_file", "    " + text.replace("\n", "\n    "), first_step)
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log what is known after `step` updates: {metric: number or tensor of one element}.
+
+        A step may have several rows, and after a resume be logged again; of each metric the last value counts
+        (`read_metrics`). A number that is not finite is null in metrics.jsonl.
+        """
+        if not self._is_main:
+            return
+        row = {name: float(value) for name, value in metrics.items()}
+        append_row(self._rows, {"step": step, **row})
+        self._progress.show(step, row)
+        for monitor in self._monitors:
+            monitor.scalars(step, row)
+
+    def first_batch(self, images: torch.Tensor) -> None:
+        """Show the first augmented batch: (B, 3, S, S), uint8, or floating point in [−1, 1]."""
+        if not self._monitors:
+            return
+        images = images[:MAX_PICTURES].detach().cpu()
+        if images.is_floating_point():
+            images = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        for monitor in self._monitors:
+            monitor.pictures("first_batch", images, self._first_step)
+
+    def say(self, text: str) -> None:
+        """Print a line that the progress line does not overwrite."""
+        if self._is_main:
+            self._progress.say(text)
+
+    def close(self) -> None:
+        """Everything recorded is on disk afterwards."""
+        if not self._is_main:
+            return
+        self._progress.close()
+        for monitor in self._monitors:
+            monitor.close()
+
+
+def read_metrics(run_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """metrics.jsonl as one row per step, in order of steps: of each metric its last value; torn lines are left out."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in (Path(run_directory) / "metrics.jsonl").read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def closing_lines(run_directory: str | os.PathLike[str], monitors: MonitorSections) -> str:
+    """What is printed at the end: where everything lies, and the commands to look at it."""
+    run = Path(run_directory)
+    lines = [f"metrics      {run / 'metrics.jsonl'}", f"             tail -n 1 {run / 'metrics.jsonl'}"]
+    if monitors.tensorboard.enabled:
+        events = tensorboard_directory(monitors.tensorboard, run)
+        lines += [f"tensorboard  {events}", f"             {_command('tensorboard')} --logdir {events}"]
+    steps = sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
+    if steps:
+        load = f"AutoModelForImageClassification.from_pretrained('{steps[-1]}')"
+        lines += [
+            f"checkpoints  {run / 'checkpoints'}, the newest {steps[-1].name}",
+            f'             {_command("python")} -c "import vitds; from transformers import '
+            f'AutoModelForImageClassification; print({load})"',
+        ]
+    return "\n".join(lines)
+
+
+def _command(name: str) -> str:
+    """A program of this environment as it can be called from here: by its name, or by its path when not on PATH."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).with_name(name)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
