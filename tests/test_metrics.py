@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from vitds.errors import UserError
 from vitds.metrics import (
     MonitorSections,
     Recorder,
-    SpeedSection,
+    Speedometer,
     Throughput,
+    block_norms,
     closing_lines,
     device_peak,
     group_by_block,
@@ -86,9 +88,10 @@ def test_tensorboard_after_a_resume(tmp_path: Path) -> None:
 
 def test_what_is_recorded_is_on_disk_at_once(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, TENSORBOARD, 10, 64, stream=io.StringIO())
-    recorder.record(1, {"train/loss": 1.0})
-    assert len(events(tmp_path / "tensorboard").Scalars("train/loss")) == 1
-    assert len(read_metrics(tmp_path)) == 1
+    for step in (1, 2, 3):
+        recorder.record(step, {"train/loss": 1.0})
+        assert len(events(tmp_path / "tensorboard").Scalars("train/loss")) == step
+        assert len(read_metrics(tmp_path)) == step
     recorder.close()
 
 
@@ -213,7 +216,7 @@ def test_peaks(device: str, precision: str, peak: float | None) -> None:
 def test_mfu_and_the_peak_a_user_gives() -> None:
     cpu = torch.device("cpu")
     assert device_peak(cpu, "bf16") is None
-    peak = device_peak(cpu, "fp32", SpeedSection(peak_tflops=2.0))
+    peak = device_peak(cpu, "fp32", 2.0)
     assert peak is not None
     assert peak.flops == 2e12
     assert "peak_tflops" in peak.name
@@ -221,13 +224,29 @@ def test_mfu_and_the_peak_a_user_gives() -> None:
     assert mfu(200, 5e9, 4, peak) == pytest.approx(3 / 8)
 
 
+@dataclass
+class Settings:
+    peak_tflops: float | None
+    tf32: bool = False
+
+
+@pytest.mark.parametrize("peak", [None, 2.0])
+def test_the_speedometer_s_row(peak: float | None) -> None:
+    speedometer = Speedometer(5e9, 2, torch.float32, torch.device("cpu"), Settings(peak))
+    assert set(speedometer.row()) == {"perf/peak_memory_gib"}, "nothing counted yet"
+    speedometer.count(64)
+    row = speedometer.row()
+    assert ("perf/mfu" in row) == (peak is not None)
+    if peak is not None:
+        assert row["perf/mfu"] == pytest.approx(15e9 * row["perf/images_per_second"] / 4e12)
+
+
 def test_peak_memory_is_this_process_s_high_water_mark() -> None:
     before = peak_memory_gib(torch.device("cpu"))
-    for _ in range(2):
-        kept = torch.ones(2**26)  # 256 MiB
-        after = peak_memory_gib(torch.device("cpu"))
-        del kept
-    assert 0.05 < before < after < before + 0.3
+    more = before + 0.1  # than the process has ever held, whatever it has freed since
+    torch.ones(int(more * 2**28))  # fp32, freed at once
+    after = peak_memory_gib(torch.device("cpu"))
+    assert 0.05 < before < more < after < more + before + 0.1
 
 
 def test_blocks() -> None:
@@ -241,6 +260,27 @@ def test_blocks() -> None:
         "head.bias": "head",
     }
     assert {name: group_by_block(name) for name in names} == names
+
+
+@dataclass
+class Sums:
+    gradient: float
+    weight: float
+    update: float
+    numel: int
+
+
+def test_block_norms() -> None:
+    """Norms add up in squares, and the update's is a mean over the block's elements."""
+    row = block_norms({"blocks.0.a": Sums(9, 1, 8, 3), "blocks.0.b": Sums(16, 3, 1, 6), "head.bias": Sums(0, 4, 4, 1)})
+    assert row == {
+        "train/grad_norm/blocks.0": 5,
+        "train/param_norm/blocks.0": 2,
+        "train/update_rms/blocks.0": 1,
+        "train/grad_norm/head": 0,
+        "train/param_norm/head": 2,
+        "train/update_rms/head": 2,
+    }
 
 
 def test_closing_lines_name_what_is_there(tmp_path: Path) -> None:

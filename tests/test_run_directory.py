@@ -142,6 +142,23 @@ def test_of_many_starts_at_once_one_wins(tmp_path: Path, before: dict[str, Any] 
             assert os.listdir(tmp_path / str(round)) == ["lease.json"]
 
 
+def test_successors_take_turns(tmp_path: Path) -> None:
+    """Only while no other is at it, and only the lease that was judged, is a dead owner's lease removed."""
+    stale = {"host": "elsewhere", "pid": 1, "time": 1e9}
+    held_by(tmp_path, **stale)
+    turn = tmp_path / "lease.json.succession"
+    turn.write_text(json.dumps({"host": "third", "pid": 2, "time": time.time()}))
+    with pytest.raises(UserError, match="in use by"):
+        RunDirectory(tmp_path).acquire(wait_seconds=0.2)
+    assert owner(tmp_path) == stale
+    turn.write_text(json.dumps({"host": "third", "pid": 2, "time": time.time() - 61}))
+    with RunDirectory(tmp_path) as run:
+        quick = owner(tmp_path)
+        assert run._lease._removed(json.dumps(stale).encode())
+        assert owner(tmp_path) == quick
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_lease_of_another_host(tmp_path: Path) -> None:
     held_by(tmp_path / "fresh", host="elsewhere", pid=7, time=time.time() - 30)
     with pytest.raises(UserError, match=r"in use by host elsewhere, pid 7 \(lease renewed 3\d s ago\)"):
@@ -310,3 +327,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"a": "\ud800"})
     assert json.loads(path.read_text()) == {"a": [1, None]}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("step-000000010", "step-000000020.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    run = RunDirectory(tmp_path)
+    run.fail()
+    assert not (tmp_path / "outcome.json").exists(), "not ours"
+    with run:
+        run.fail()
+    assert json.loads((tmp_path / "outcome.json").read_text())["step"] == 10
+    assert f"{tmp_path}/checkpoints/step-000000010;" in capsys.readouterr().err

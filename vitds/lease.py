@@ -55,8 +55,7 @@ class Lease:
             if text is None:
                 continue
             holder = _parse(text)
-            if self._is_gone(self.path, holder):
-                self._succeed(text)
+            if self._is_gone(self.path, holder) and self._removed(text):
                 continue
             # A second time in one owner's lease is a sign of life.
             renewed = holder.get("time") != first_times.setdefault(holder.get("token"), holder.get("time"))
@@ -86,6 +85,11 @@ class Lease:
         self._renewal = None
         if self._is_mine():
             self.path.unlink(missing_ok=True)
+
+    @property
+    def held(self) -> bool:
+        """Acquired, not released, and not known to be lost."""
+        return self._renewal is not None and self._lost_to is None
 
     def check(self) -> None:
         """Raises RuntimeError when the lease was acquired and has since passed to another run."""
@@ -136,21 +140,24 @@ class Lease:
             return not _is_here(holder)
         return time.time() - holder["time"] > STALE_SECONDS
 
-    def _succeed(self, gone: bytes) -> None:
-        """Remove the file of an owner that is gone. Of several who try at once, one gets to do it at a time, and only
-        while the file still says what was judged; otherwise a slow one could remove the lease of a quick one."""
+    def _removed(self, gone: bytes) -> bool:
+        """Remove the file of an owner that is gone; False if another process is about to.
+
+        One process at a time gets to do it, and only while the file still says what was judged: otherwise a slow one
+        could remove the lease of a quick one.
+        """
         turn = self.path.with_name(f"{self.path.name}.succession")
         if not self._create(turn):
-            left_behind = _read(turn)
-            if left_behind is not None and self._is_gone(turn, _parse(left_behind)):
+            text = _read(turn)
+            if text is not None and self._is_gone(turn, _parse(text)):
                 turn.unlink(missing_ok=True)
-            time.sleep(POLL_SECONDS)
-            return
+            return False
         try:
             if _read(self.path) == gone:
                 self.path.unlink(missing_ok=True)
         finally:
             turn.unlink(missing_ok=True)
+        return True
 
 
 def _read(path: Path) -> bytes | None:

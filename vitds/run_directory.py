@@ -6,6 +6,7 @@ Only rank 0 writes here; on other ranks every method that writes does nothing.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -156,7 +157,6 @@ class RunDirectory:
                 self.path / "outcome.json", {"state": state, "exit_code": exit_code, "step": step, "time": time.time()}
             )
 
-
     def fail(self) -> None:
         """Say where a run that broke can go on from, and leave outcome.json saying that it failed."""
         newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
@@ -164,8 +164,9 @@ class RunDirectory:
         where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
         if dist.is_main():
             print(f"vitds: the run failed; {where}; the same command goes on from there", file=sys.stderr, flush=True)
-            self.outcome("failed", 1, step)
-            self.event("fail", last_checkpoint=step)
+            if self._lease.held:  # otherwise what is here is another run's
+                self.outcome("failed", 1, step)
+                self.event("fail", last_checkpoint=step)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

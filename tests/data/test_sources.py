@@ -48,7 +48,8 @@ def test_every_source_keeps_the_contract(name, images):
             assert others == [label, key]
             np.testing.assert_array_equal(np.frombuffer(other_image, np.uint8), np.frombuffer(image, np.uint8))
         assert isinstance(image, bytes) or (image.dtype == np.uint8 and image.shape[2:] in ((), (3,)))
-        assert isinstance(label, int) and 0 <= label < first.num_classes
+        assert isinstance(label, int)
+        assert 0 <= label < first.num_classes
         keys.add(key)
     assert len(keys) == len(first)
 
@@ -57,11 +58,14 @@ def test_digits_are_split_once_and_for_all():
     train, evaluation = build_sources(DataSection(SourceSection("digits"), SourceSection("digits")), 10)
     assert (len(train), len(evaluation)) == (1437, 360)
     keys = [{source.read(i)[2] for i in range(len(source))} for source in (train, evaluation)]
-    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 1797
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == 1797
     labels = [evaluation.read(i)[1] for i in range(360)]
     assert np.bincount(labels).tolist() == [36] * 10
-    assert evaluation.read(0)[2] == "digits/0" and evaluation.read(359)[2] == "digits/1781"  # never to change
-    assert train.images.max() == 255 and evaluation.images.min() == 0
+    assert evaluation.read(0)[2] == "digits/0"
+    assert evaluation.read(359)[2] == "digits/1781"
+    assert train.images.max() == 255
+    assert evaluation.images.min() == 0
     assert len(build_source(SourceSection("digits", split="eval"), "train")) == 360
 
 
@@ -134,9 +138,11 @@ def test_sections_and_sources_that_do_not_fit_are_refused(images, tmp_path_facto
     folders = DataSection(SourceSection("folder", path=str(images)), SourceSection("folder", path=str(other)))
     with pytest.raises(UserError, match=r"only in train: owl, été; only in eval: bee"):
         build_sources(folders, 10)
-    with pytest.raises(UserError, match=r"vitds.data.train: 3 classes \(ant, owl, été\), but vitds.model.num_classes is 2"):
+    with pytest.raises(
+        UserError, match=r"vitds.data.train: 3 classes \(ant, owl, été\), but vitds.model.num_classes is 2"
+    ):
         build_sources(folders, 2)
-    with pytest.raises(UserError, match="path: source 'digits' does not read it; it reads split"):
+    with pytest.raises(UserError, match=r"path: source 'digits' does not read it; it reads split"):
         build_source(SourceSection("digits", path="x"), "train")
     for given, message in (
         ({"train": {"source": "digit"}}, "did you mean 'digits'"),

@@ -45,7 +45,9 @@ def crop_law(width, height, area_min, aspects):
                 (
                     k
                     for k in (h, h + 1 if h * np.rint(h * aspect) < area_min * area else h - 1)
-                    if area_min * area <= k * np.rint(k * aspect) <= area and k <= height and np.rint(k * aspect) <= width
+                    if area_min * area <= k * np.rint(k * aspect) <= area
+                    and k <= height
+                    and np.rint(k * aspect) <= width
                 ),
                 None,
             )
@@ -60,7 +62,7 @@ def distance(law, counts):
     return sum(abs(law.get(shape, 0) - counts[shape] / total) for shape in law.keys() | counts.keys()) / 2
 
 
-@pytest.mark.parametrize("width, height, area_min", [(20, 15, 0.05), (9, 24, 0.05), (13, 13, 0.5)])
+@pytest.mark.parametrize(("width", "height", "area_min"), [(20, 15, 0.05), (9, 24, 0.05), (13, 13, 0.5)])
 def test_inception_crop_follows_the_reference_law(width, height, area_min):
     rng = augmentation_rng(1, 0)
     crops = [sample_crop(width, height, rng, area_min) for _ in range(20_000)]
@@ -73,7 +75,8 @@ def test_inception_crop_follows_the_reference_law(width, height, area_min):
     places = Counter((top, left) for left, top, w, h in crops if (h, w) == (10, 10))
     assert set(places) <= {(top, left) for top in range(max(1, height - 10)) for left in range(max(1, width - 10))}
     for left, top, w, h in crops:
-        assert 0 <= top <= height - h and 0 <= left <= width - w
+        assert 0 <= top <= height - h
+        assert 0 <= left <= width - w
         assert top < height - h or h == height  # the last offset is excluded
         assert left < width - w or w == width
 
@@ -90,7 +93,7 @@ def test_inception_crop_falls_back_to_the_whole_image():
     assert inception_crop(picture(1, 1000), RNG, size=32).size == (32, 32)
 
 
-@pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (97, 41), (256, 256), (1, 9), (33, 8)])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (97, 41), (256, 256), (1, 9), (33, 8)])
 def test_resize_small_rounds_half_to_even(height, width):
     out = resize_small(picture(height, width), RNG, size=64)
     resized = out.size if isinstance(out, Image.Image) else out.shape[1::-1]
@@ -109,7 +112,7 @@ def test_random_crop_reaches_every_place():
     assert corners == {0, 1, 2, 5, 6, 7, 10, 11, 12}
 
 
-@pytest.mark.parametrize("fill, mode", [("edge", "edge"), ("zero", "constant")])
+@pytest.mark.parametrize(("fill", "mode"), [("edge", "edge"), ("zero", "constant")])
 def test_random_shift_is_padding_and_cropping(fill, mode):
     image = picture(8, 8)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode=mode)
@@ -150,17 +153,20 @@ def test_evaluation_agrees_with_the_saved_image_processor(size):
 
 
 @pytest.mark.parametrize(
-    "spec, message",
+    ("spec", "message"),
     [
-        (["inception_corp"], r"t\[0\]: 'inception_corp' is not known \(did you mean 'inception_crop'\?\); allowed: .*flip_lr"),
+        (
+            ["inception_corp"],
+            r"t\[0\]: 'inception_corp' is not known \(did you mean 'inception_crop'\?\); allowed: .*flip_lr",
+        ),
         (["flip_lr", {"resize": {"sise": 3}}], r"t\[1\].resize.sise: unknown parameter \(did you mean 'size'\?\)"),
         ([{"flip_lr": {"p": 0.5}}], "flip_lr.p: unknown parameter; allowed: none"),
         ([{"resize": {"size": "big"}}], "resize.size: expected a whole number of pixels"),
         ([{"resize": {"size": True}}], "resize.size: expected a whole number of pixels"),
         ([{"inception_crop": {"area_min": 8}}], "area_min: expected a fraction"),
         ([{"random_shift": {"fill": "egde"}}], "did you mean 'edge'"),
-        ([{"resize": 3}], "expected \"name\" or"),
-        ([7], "expected \"name\" or"),
+        ([{"resize": 3}], 'expected "name" or'),
+        ([7], 'expected "name" or'),
     ],
 )
 def test_mistakes_in_the_list_are_named(spec, message):

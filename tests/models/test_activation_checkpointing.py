@@ -115,5 +115,5 @@ def test_compiled_blocks_agree(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["all", "every:0", "every:", "every:x", "every:-1", "Full"])
 def test_unknown_policies(policy: str) -> None:
-    with pytest.raises(UserError, match="activation_checkpointing.*allowed: none, full, every:N"):
+    with pytest.raises(UserError, match=r"activation_checkpointing.*allowed: none, full, every:N"):
         scrambled(small("gap")).set_activation_checkpointing(policy)

@@ -94,7 +94,7 @@ def test_names() -> None:
     for wrong in ("ViT-XL/16", "ViT-S", "ViT-S/0", "ViT-S/x", "S/16"):
         with pytest.raises(UserError, match="allowed: ViT-mu/16"):
             variant_shape(wrong)
-    with pytest.raises(UserError, match="vitds.model.variant.*did you mean 'ViT-B/16'"):
+    with pytest.raises(UserError, match=r"vitds.model.variant.*did you mean 'ViT-B/16'"):
         config_of(variant="ViT-B16")
 
 

@@ -9,7 +9,7 @@ is right; `errors` measures those apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,11 @@ def sgd(p: Parameter, g: Array, t: int, *, momentum: float = 0.9) -> Array:
     return p.momentum(momentum, 1.0, g)
 
 
-UPDATES = {"ModifiedAdafactor": adafactor, "HalfPrecisionMomentumAdam": adam, "HalfPrecisionMomentumSGD": sgd}
+UPDATES: dict[str, Callable[..., Array]] = {
+    "ModifiedAdafactor": adafactor,
+    "HalfPrecisionMomentumAdam": adam,
+    "HalfPrecisionMomentumSGD": sgd,
+}
 
 
 @dataclass

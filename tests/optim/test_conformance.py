@@ -104,6 +104,7 @@ def test_shards_name_all_state_once_in_its_own_dtype(name):
         assert shards[f"{n}.exp_avg"].data.dtype == torch.bfloat16
     for shard in shards.values():
         assert shard.start == 0
+        assert shard.replicated, "a parameter that nobody cuts is the same on every rank"
         assert shard.data.numel() == shard.total
         assert shard.name.endswith("exp_avg") or shard.data.dtype == torch.float32
         assert shard.data.any(), f"{shard.name} is not the live state"

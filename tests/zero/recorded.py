@@ -37,14 +37,15 @@ def initial(name: str) -> torch.Tensor:
 
 
 def gradient(name: str, step: int, micro: int, rank: int, world: int) -> torch.Tensor:
-    """One micro batch's gradient on one rank: exact in 16 bits, and so are the sums over micro batches and ranks.
+    """One micro batch's gradient on one rank: exact in bf16, and so are its division by the ranks and every sum.
 
-    Values are multiples of 2^-10 up to 15·2^-10 in size. Over three ranks each rank has the same gradient, so that the
-    division by three rounds once and not thrice.
+    Values are multiples of 2^-10 (over three ranks of 3·2^-10) up to 15 of them in size. DeepSpeed's ZeRO-2 divides
+    bf16 gradients by the number of ranks before it adds them up, whatever `communication_data_type` says; with values
+    that do not divide, that rounding alone is an error of 2e-2 here (docs/LOG.md, 2026-11-20).
     """
-    seed = sum(map(ord, name)) * 1009 + step * 31 + micro * 7 + (rank if world == 2 else 0)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-15, 16, SHAPES[name], generator=generator).float() * 2.0**-10
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) * 1009 + step * 31 + micro * 7 + rank)
+    unit = 2.0**-10 * (3 if world == 3 else 1)
+    return torch.randint(-15, 16, SHAPES[name], generator=generator).float() * unit
 
 
 def factor(step: int) -> float:

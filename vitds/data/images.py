@@ -37,7 +37,7 @@ def decode(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # On bad bytes decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise BadImage(f"{type(error).__name__}: {error}" if data else "no bytes") from error
-    with contextlib.suppress(Exception):  # Malformed EXIF tells no orientation; the pixels are sound.
+    with contextlib.suppress(Exception):  # Malformed EXIF: the pixels are sound, and turned before Pillow rewrites it.
         ImageOps.exif_transpose(image, in_place=True)
     return _rgb(image)
 

@@ -24,7 +24,7 @@ def order(seed: int, position: int, num_images: int) -> int:
 
     Over the positions of one epoch, [e·num_images, (e+1)·num_images), every index occurs exactly once.
     """
-    assert num_images > 0 and position >= 0, (num_images, position)
+    assert min(num_images - 1, position) >= 0, (num_images, position)
     epoch, index = divmod(position, num_images)
     keys, bits = _round_keys(seed, epoch), (num_images - 1).bit_length()
     index = _permute(index, keys, bits)

@@ -28,7 +28,7 @@ class _Key(np.random.bit_generator.ISeedSequence):
         self.words = (_seed_word(purpose, seed), count)
 
     def generate_state(self, n_words: int, dtype: object = np.uint32) -> np.ndarray:
-        assert n_words == 2 and np.dtype(dtype) == np.uint64, (n_words, dtype)  # type: ignore[call-overload]
+        assert (n_words, dtype) == (2, np.uint64), (n_words, dtype)
         return np.array(self.words, dtype=np.uint64)
 
 

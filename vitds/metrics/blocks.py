@@ -30,9 +30,9 @@ def block_norms(norms: Mapping[str, Norms]) -> dict[str, float]:
     """
     sums: dict[str, list[float]] = {}
     for name, norm in norms.items():
-        block = sums.setdefault(group_by_block(name), [0.0, 0.0, 0.0, 0.0])
+        of_block = sums.setdefault(group_by_block(name), [0.0, 0.0, 0.0, 0.0])
         for i, value in enumerate((norm.gradient, norm.weight, norm.update, norm.numel)):
-            block[i] += value
+            of_block[i] += value
     row = {}
     for block, (gradient, weight, update, numel) in sums.items():
         row[f"train/grad_norm/{block}"] = math.sqrt(gradient)

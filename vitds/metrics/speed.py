@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 
-
 # Dense bf16 and fp16 tensor-core FLOP/s from the makers' data sheets (which often print twice that, "with sparsity").
 # TF32 has half of it on all of these. The first name found in the driver's wins, so the narrower one comes first.
 PEAKS_16_BIT: dict[str, float] = {
@@ -168,7 +167,12 @@ class Speedometer(Throughput):
     """
 
     def __init__(
-        self, flops_per_image: float, world_size: int, precision: torch.dtype, device: torch.device, settings: SpeedSettings
+        self,
+        flops_per_image: float,
+        world_size: int,
+        precision: torch.dtype,
+        device: torch.device,
+        settings: SpeedSettings,
     ) -> None:
         super().__init__()
         self._flops, self._world_size, self._device = flops_per_image, world_size, device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -31,7 +31,7 @@ class ViTConfig(PretrainedConfig):
     """
 
     model_type = "vitds"
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "width",
         "num_hidden_layers": "depth",
         "intermediate_size": "mlp_dim",

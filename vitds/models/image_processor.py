@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import make_flat_list_of_images
 from transformers.utils import TensorType
 
 from vitds.errors import UserError
@@ -28,7 +28,7 @@ class VitdsImageProcessor(BaseImageProcessor):
         UserError: a crop larger than the resized image, or an unknown filter.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (declared so by transformers)
 
     def __init__(
         self,
@@ -59,10 +59,9 @@ class VitdsImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
 
-    def preprocess(self, images: Any, return_tensors: str | TensorType | None = None, **unused: Any) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | TensorType | None = None) -> BatchFeature:
         """Pillow images, arrays or tensors, one or many, of any size and mode, to `pixel_values` (B, 3, S, S) fp32."""
-        flat: Any = make_flat_list_of_images(images)
-        prepared = [self._prepared(image) for image in flat]
+        prepared = [self._prepared(image) for image in _each(images)]
         return BatchFeature(data={"pixel_values": prepared}, tensor_type=return_tensors)
 
     def _prepared(self, image: Any) -> np.ndarray:
@@ -77,6 +76,14 @@ class VitdsImageProcessor(BaseImageProcessor):
         pixels = np.asarray(picture.crop((left, top, left + crop, top + crop)), dtype=np.float64)
         values = (pixels * self.rescale_factor - self.image_mean) / self.image_std  # (S, S, 3)
         return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _each(images: Any) -> Iterator[Any]:
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        for image in images:
+            yield from _each(image)
+    else:
+        yield images
 
 
 def as_picture(image: Any) -> Image.Image:

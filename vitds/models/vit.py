@@ -31,7 +31,7 @@ class ViTForImageClassification(Initialised, PreTrainedModel):
     config_class = ViTConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012 (declared so by transformers)
     _supports_sdpa = True
 
     def __init__(self, config: ViTConfig) -> None:
@@ -61,9 +61,7 @@ class ViTForImageClassification(Initialised, PreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         features_only: bool = False,
-        return_dict: bool | None = None,
-        **unused: Any,
-    ) -> ImageClassifierOutput | tuple[torch.Tensor, ...]:
+    ) -> ImageClassifierOutput:
         """Logits, and the loss if there are labels.
 
         Args:
@@ -85,8 +83,6 @@ class ViTForImageClassification(Initialised, PreTrainedModel):
             if features_only or self.config.num_classes == 0:
                 raise UserError("labels: a model without a classifier has no loss")
             loss = LOSSES[self.config.loss](features, labels)
-        if return_dict is False:
-            return (features,) if loss is None else (loss, features)
         return ImageClassifierOutput(loss=loss, logits=features)  # type: ignore[arg-type]
 
     def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:

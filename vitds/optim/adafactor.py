@@ -263,7 +263,7 @@ class ModifiedAdafactor(LayoutOptimizer):
         for index, begin in plan.begins.items():
             f = flat.fragments[index]
             data = state["exp_avg_sq"][begin : begin + f.numel]
-            shards.append(Shard(f"{f.name}.exp_avg_sq", f.shape, data, f.start, flat.group))
+            shards.append(Shard(f"{f.name}.exp_avg_sq", f.shape, data, f.start, flat.group, flat.group is None))
         return shards
 
 

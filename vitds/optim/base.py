@@ -169,7 +169,8 @@ class LayoutOptimizer(torch.optim.Optimizer):
 
 def laid_out_like(flat: Flat, key: str, tensor: torch.Tensor) -> list[Shard]:
     """The shards of a state tensor with one element for each of the flat's."""
-    return [Shard(f"{f.name}.{key}", f.shape, f.of(tensor), f.start, flat.group) for f in flat.fragments]
+    whole_here = flat.group is None
+    return [Shard(f"{f.name}.{key}", f.shape, f.of(tensor), f.start, flat.group, whole_here) for f in flat.fragments]
 
 
 def chunk_of(flat: Flat) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import warnings
@@ -70,9 +72,10 @@ class TrainingEngine:
         client = client_optimizer(optimizer, zero_stage(section))
         if client is None:
             section["optimizer"] = {**optimizer, "params": constructor_params(optimizer.get("params", {}))}
-        self.deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups, optimizer=client and _asleep(client), config=section
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints a page about memory
+            self.deepspeed, _, _, _ = deepspeed.initialize(
+                model=model, model_parameters=parameter_groups, optimizer=client and _asleep(client), config=section
+            )
         self.optimizer: Any = self.deepspeed.basic_optimizer
         self.optimizer.__dict__.pop("step", None)
         self.wrapper_name = type(self.deepspeed.optimizer).__name__

@@ -1,0 +1,160 @@
+"""The user's own command: trains, is killed and goes on with the same numbers, and says plainly what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.launching import ROOT, environment, free_port, train
+from vitds.metrics import read_metrics
+
+pytestmark = pytest.mark.launch
+SMALL = [
+    "vitds.train.total_steps=12", "vitds.checkpoint.every_steps=4", "vitds.train.log_every_steps=1", "vitds.train.eval_every_steps=6",
+    "vitds.train.diagnostics_every_steps=5", "train_batch_size=24", "train_micro_batch_size_per_gpu=6", "vitds.model.depth=1",
+    'scheduler.params={"warmup_steps":2,"timescale_steps":4,"cooldown_steps":4}',
+]  # fmt: skip
+DIGITS = ROOT / "ds_configs" / "digits.json"
+
+
+def outcome(run: Path) -> dict:
+    return json.loads((run / "outcome.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    done = train(2, DIGITS, run, *SMALL)
+    assert (run / "outcome.json").exists(), done.stdout[-3000:]
+    assert outcome(run)["state"] == "finished", done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "step 12/12 100%" in done.stdout
+    assert "tensorboard --logdir" in done.stdout
+    return run
+
+
+def test_the_run_directory_is_what_the_design_says(unbroken):
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "tensorboard", "checkpoints"} <= names
+    assert [p.name for p in sorted((unbroken / "checkpoints").iterdir())] == ["step-000000008", "step-000000012"]
+    files = {path.name for path in (unbroken / "checkpoints" / "step-000000012").iterdir()}
+    assert {"config.json", "preprocessor_config.json", "model.safetensors", "training_state.json", "manifest.json", "README.md"} <= files
+    rows = read_metrics(unbroken)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    last = rows[-1]
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_seen", "perf/images_per_second", "perf/data_wait", "perf/peak_memory_gib", "eval/top1"} <= set(last)
+    assert last["train/images_seen"] == 12 * 24
+    assert rows[0]["train/lr"] == 0.0
+    assert {"train/grad_norm/blocks.0", "train/param_norm/head", "train/update_rms/attn_pool"} <= set(rows[4])
+    kinds = [json.loads(line)["kind"] for line in (unbroken / "events.jsonl").read_text().splitlines()]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "finish"
+
+
+def test_the_checkpoint_opens_with_transformers_alone(unbroken):
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    import vitds  # noqa: F401  registers the classes
+    from vitds.data.digits import Digits
+    from vitds.data.section import SourceSection
+
+    path = unbroken / "checkpoints" / "step-000000012"
+    model = AutoModelForImageClassification.from_pretrained(path)
+    processor = AutoImageProcessor.from_pretrained(path)
+    digits = Digits(SourceSection("digits"), "eval")
+    pixels = processor(images=[digits.read(i)[0] for i in range(len(digits))], return_tensors="pt")
+    with torch.no_grad():
+        right = (model(**pixels).logits.argmax(-1) == torch.tensor(digits.labels)).float().mean().item()
+    # fp32 here, bf16 in training: a logit or two may tie otherwise.
+    assert right == pytest.approx(read_metrics(unbroken)[-1]["eval/top1"], abs=0.02)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bits(unbroken, tmp_path):
+    """SIGKILL to every process once a checkpoint is there; the same command finishes the run as if nothing had happened."""
+    run = tmp_path / "run"
+    command = [
+        "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(ROOT / "launcher" / "train.py"),
+        "--config", str(DIGITS), "--output-dir", str(run), *(word for s in SMALL for word in ("--set", s)),
+    ]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        try:
+            while not (run / "checkpoints" / "step-000000004" / "manifest.json").exists():
+                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                os.sched_yield()
+        finally:
+            kill_family(process.pid)
+            process.wait(30)
+    assert outcome(run)["state"] == "running"
+    done = train(2, DIGITS, run, *SMALL)
+    assert outcome(run)["state"] == "finished", done.stdout[-3000:]
+    assert "resumed from" in done.stdout
+    for name in ("model.safetensors", "optimizer-00001-of-00001.safetensors"):
+        one, other = (load_file(r / "checkpoints" / "step-000000012" / name) for r in (unbroken, run))
+        assert one.keys() == other.keys()
+        assert [key for key in one if not one[key].equal(other[key])] == []
+    for ours, theirs in zip(read_metrics(run), read_metrics(unbroken), strict=True):
+        for key, value in theirs.items():
+            if key.startswith(("train/", "eval/")):
+                assert ours[key] == value, (ours["step"], key)
+
+    again = train(2, DIGITS, run, *SMALL)
+    assert again.returncode == 0
+    assert "this run is complete" in again.stdout
+
+
+def kill_family(pid: int) -> None:
+    """SIGKILL a process and all its descendants, children first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+
+    def kill(one: int) -> None:
+        for child in children.get(one, []):
+            kill(child)
+        try:
+            os.kill(one, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    kill(pid)
+
+
+@pytest.mark.parametrize(
+    ("sets", "hint"),
+    [
+        (["gradient_cliping=1"], "did you mean 'gradient_clipping'"),
+        (["vitds.model.width=32"], "holds another run"),
+        (["train_batch_size=25"], "24 or 26 would"),
+    ],
+    ids=["typo", "another run", "batch"],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(unbroken, sets, hint):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and path.suffix == ".safetensors"}
+    done = train(2, DIGITS, unbroken, *SMALL, *sets)
+    assert done.stdout.count("vitds: ") == 1, done.stdout
+    assert hint in done.stdout
+    assert "Traceback" not in done.stdout
+    assert done.returncode == 2
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    run = tmp_path / "run"
+    done = train(2, DIGITS, run, *SMALL, "optimizer.params.lr=1e30", 'scheduler.params={}', "vitds.checkpoint.every_steps=1")
+    assert "NotFinite" in done.stdout, done.stdout[-2000:]
+    assert "the last checkpoint is" in done.stdout
+    assert done.returncode == 1
+    assert outcome(run)["state"] in ("failed", "running")

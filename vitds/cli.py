@@ -1,0 +1,90 @@
+"""`vitds …`: small verbs around a run. Training itself is `deepspeed launcher/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from typing import Any
+
+from vitds.config import VitdsSection, load_run_file
+from vitds.errors import UserError
+from vitds.metrics import MonitorSections
+from vitds.schedules import SCHEDULES
+from vitds.sections import json_names, to_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, or 2 where the user's input is wrong."""
+    parser = argparse.ArgumentParser(prog="vitds", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    check = verbs.add_parser("check", help="check a run file as the trainer would, without starting anything")
+    check.add_argument("--config", required=True)
+    check.add_argument("--gpus", type=int, default=1, help="number of ranks to check the batch arithmetic for")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    verbs.add_parser("config-docs", help="print docs/config.md, made from the sections themselves")
+    options = parser.parse_args(arguments)
+    if options.verb == "config-docs":
+        print(config_docs())
+        return 0
+    try:
+        run = load_run_file(options.config, options.set, world_size=options.gpus)
+    except UserError as error:
+        print(f"vitds: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(run.resolved, indent=2, ensure_ascii=False))
+    print(f"{options.gpus} rank(s) × {run.micro_batch} images × {run.accumulation} micro batches = {run.global_batch} a step", file=sys.stderr)
+    return 0
+
+
+def config_docs() -> str:
+    """The reference of all keys of the run file that are ours, as Markdown."""
+    lines = [
+        "# The run file",
+        "",
+        "DeepSpeed's keys stand at the top level, in DeepSpeed's words; what follows is read by vitds. Made by `make docs` from the",
+        "sections' own dataclasses. A length may be written in steps, images, epochs or percent of the run, exactly one of them.",
+    ]
+    lines += _section(VitdsSection, "vitds")
+    lines += _section(MonitorSections, "")
+    for name, cls in SCHEDULES.items():
+        lines += _section(cls, f'scheduler.params of type "{name}"', leaf=True)
+    return "\n".join(lines)
+
+
+def _section(cls: Any, path: str, leaf: bool = False) -> list[str]:
+    hints = typing.get_type_hints(cls)
+    rows, inner = [], []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h) and hasattr(h, "__doc__") and h.__name__.endswith("Section")), None)
+        if nested is not None:
+            inner += _section(nested, f"{path}.{field.name}" if path else field.name)
+            continue
+        names = json_names(field, hint)
+        shown = f"`{names[0]}`" if len(names) == 1 else f"`{field.name}_*`"
+        choices = field.metadata.get("choices")
+        doc = field.metadata.get("doc", "") + (f" One of {', '.join(map(str, choices))}." if choices else "")
+        rows.append(f"| {shown} | {_default(field)} | {doc} |")
+    summary = (cls.__doc__ or "").strip().splitlines()[0] if leaf or rows else ""
+    own = ["", f"## {path}", "", summary, "", "| key | default | meaning |", "|---|---|---|", *rows] if rows else []
+    return own + inner
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = to_json(value)
+        return f"{fields['value']:g} {fields['unit']}" if "unit" in fields else f"`{json.dumps(fields)}`"
+    return "none" if value is None else f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
