@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from vitds import dist
 from vitds.checkpoint import prune, remove_leftovers
-from vitds.checkpoint.state import Progress, RunState
-from vitds.config import RunFile, load_run_file
+from vitds.checkpoint.state import RunState
+from vitds.config import Lengths, RunFile, load_run_file
 from vitds.data import EvalLoader, TrainLoader, build_sources, to_model_range
 from vitds.errors import UserError
 from vitds.evaluation import evaluate
 from vitds.guard import Guard
 from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
-from vitds.models import ViTForImageClassification, VitdsImageProcessor, build_config, flops_per_image
+from vitds.models import VitdsImageProcessor, ViTForImageClassification, build_config, flops_per_image
 from vitds.optim.groups import build_groups, describe
 from vitds.run_directory import RunDirectory
-from vitds.schedules import build_schedule
 from vitds.zero.engine import TrainingEngine, init_distributed, precision
 from vitds.zero.observe import observed
 
@@ -33,19 +33,19 @@ from vitds.zero.observe import observed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="run file: DeepSpeed's keys and a section vitds")
-    parser.add_argument("--output-dir", required=True, help="directory of this run; holds its checkpoints and metrics")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in vitds.train.seed=1")
+    parser.add_argument("--output-dir", required=True, help="directory of this run: checkpoints, metrics, events")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in vitds.train.seed=1")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    options = parser.parse_args()
-    directory = None
+    options, directory = parser.parse_args(), None
     try:
         run = load_run_file(options.config, options.set, world_size=dist.world_size())
-        sources = build_sources(run.vitds.data, run.vitds.model.num_classes)
+        plan = prepare(run)  # whatever the user got wrong shows here, before any process group
         init_distributed()
         directory = dist.together(lambda: RunDirectory(options.output_dir))
         dist.together(directory.acquire)
         dist.together(lambda: directory.write_config(run.resolved))
-        train(run, sources, directory)
+        train(run, directory, *plan)
+        directory.release()
     except UserError as error:
         dist.leave_with_user_error(str(error))
     except Exception:
@@ -56,98 +56,91 @@ def main() -> None:
     dist.leave(0)
 
 
-def train(run: RunFile, sources: tuple, directory: RunDirectory) -> None:
-    """From configuration to the last step, once."""
-    part, (train_source, eval_source) = run.vitds, sources
-    world, rank, batch = dist.world_size(), dist.rank(), run.global_batch
-
-    # How long, and how often what.
-    length = {"global_batch": batch, "images_per_epoch": len(train_source)}
-    total = part.train.total.to_steps(**length)
-    log, save, assess, diagnose = (
-        every.to_steps(**length, total_steps=total)
-        for every in (part.train.log_every, part.checkpoint.every, part.train.eval_every, part.train.diagnostics_every)
-    )
-    schedule = build_schedule(run.scheduler, total_steps=total, **length)
-
-    # Model, groups, engine. The weights come last, straight into the fp32 masters.
-    config = build_config(part.model)
+def prepare(run: RunFile) -> tuple[Any, ...]:
+    """Sources, lengths, parameter groups, and a model that has no values yet."""
+    part = run.vitds
+    sources = build_sources(part.data, part.model.num_classes)
     with torch.device("meta"):
-        model = ViTForImageClassification(config)
+        model = ViTForImageClassification(build_config(part.model))
     model.set_activation_checkpointing(part.train.activation_checkpointing)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = part.train.tf32
     groups = build_groups(model.shapes, **run.rates, decay_patterns=model.decay_patterns(), overrides=part.groups)
+    return sources, run.lengths(len(sources[0])), groups, model
+
+
+def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, groups: Any, model: Any) -> None:
+    """Engine, state, and all steps from where the run is to its end."""
+    part, config, total, schedule = run.vitds, model.config, every.total, every.schedule
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = part.train.tf32
     engine = TrainingEngine(model, groups, run.optimizer, run.deepspeed, run.accumulation)
     if part.train.compile:
         model.compile_blocks()
 
-    # Where to go on: own checkpoint, else init_from, else from scratch.
-    state = RunState(engine, model, schedule, run.resolved, VitdsImageProcessor(config.image_size, part.data.eval_edge(config.image_size)))
+    # Where to start: own checkpoint, else init_from, else from scratch.
+    processor = VitdsImageProcessor(config.image_size, part.data.eval_edge(config.image_size))
+    state = RunState(engine, model, schedule, run.resolved, processor)
     remove_leftovers(directory.checkpoints)
     progress, origin = state.restore(directory.checkpoints, part.checkpoint.verify, part.init_from)
-    recorder = dist.together(lambda: Recorder(directory, run.monitors, total, batch, progress.step, run.resolved))
-    recorder.say(f"{describe(groups)}\n{engine.describe()}\n{origin}: step {progress.step} of {total}, {batch} images a step")
-    if progress.step >= total:
-        recorder.say(f"this run is complete\n{closing_lines(directory, run.monitors)}")
-        directory.outcome("finished", 0, progress.step)
-        return
-    directory.event("start", step=progress.step, origin=origin, world_size=world)
-    directory.outcome("running", None, progress.step)
-
-    shared = {"image_size": config.image_size, "num_classes": config.num_classes, "rank": rank, "world_size": world}
-    loader = TrainLoader(
-        train_source, part.data, seed=part.train.seed, global_batch=batch, micro_batch=run.micro_batch, position=progress.position, **shared
-    )
-    held_out = EvalLoader(eval_source, part.data, batch=run.micro_batch, **shared) if eval_source is not None else None
-    guard = Guard(part.guard.nonfinite, part.guard.max_skips, precision(run.deepspeed) == torch.float16)
-    speed = Speedometer(flops_per_image(config), world, precision(run.deepspeed), engine.device, part.train)
-    evaluation: dict[str, float] = {}
     first = progress.step
+    recorder = dist.together(lambda: Recorder(directory, run.monitors, total, run.global_batch, first, run.resolved))
+    recorder.say(f"{describe(groups)}\n{engine.describe()}\n{origin}: step {first} of {total}")
+    directory.event("start", step=first, origin=origin, world_size=dist.world_size())
+    directory.outcome("running", None, first)
+
+    shared: dict[str, Any] = {"image_size": config.image_size, "num_classes": config.num_classes}
+    shared |= {"rank": dist.rank(), "world_size": dist.world_size()}
+    stream = {"seed": part.train.seed, "position": progress.position, "global_batch": run.global_batch}
+    loader = TrainLoader(sources[0], part.data, micro_batch=run.micro_batch, **stream, **shared)
+    held_out = EvalLoader(sources[1], part.data, batch=run.micro_batch, **shared) if sources[1] else None
+    dtype, evaluation = precision(run.deepspeed), {}
+    guard = Guard(part.guard.nonfinite, part.guard.max_skips, scaled=dtype == torch.float16)
+    speed = Speedometer(flops_per_image(config), dist.world_size(), dtype, engine.device, part.train)
 
     while progress.step < total:
         dist.leave_if_alone()
-        step = progress.step
-        lr, losses, done = engine.set_learning_rate(schedule(step)), [], step + 1
-        with observed(engine) if diagnose and done % diagnose == 0 else nullcontext({}) as norms:
+        done = progress.step + 1
+        rate = engine.set_learning_rate(schedule(progress.step))
+        due = every.diagnose > 0 and done % every.diagnose == 0
+        watching: AbstractContextManager[dict[str, Any]] = observed(engine) if due else nullcontext({})
+        with watching as norms:
+            losses = []
             for micro in range(run.accumulation):
                 with speed.waiting():
-                    images = next(loader)
-                if step == first and micro == 0:
-                    recorder.first_batch(images.images)
-                loss = engine(to_model_range(images.images, engine.device), labels=images.labels.to(engine.device)).loss
+                    batch = next(loader)
+                if done == first + 1 and micro == 0:
+                    recorder.first_batch(batch.images)
+                images, labels = to_model_range(batch.images, engine.device), batch.labels.to(engine.device)
+                loss = engine(images, labels=labels).loss
                 engine.backward(loss)
                 losses.append(loss.detach())
                 if micro + 1 == run.accumulation:  # the one host sync of a step, before anything is changed
                     mean_loss = dist.mean(torch.stack(losses))
-                    guard.check_loss(mean_loss, step, progress.position)
+                    guard.check_loss(mean_loss, progress)
                 updated = engine.step()
-        guard.check_update(updated, engine.gradient_norm, step, progress.position)
-        progress.position += batch
+        guard.check_update(updated, engine.gradient_norm, progress)
+        progress.advance(run.global_batch, updated)
         if not updated:
-            progress.skipped.append([progress.position - batch, progress.position])
-            directory.event("skip", step=step, position=progress.position - batch, grad_norm=engine.gradient_norm)
+            directory.event("skip", step=progress.step, positions=progress.skipped[-1])
             continue
-        progress.step, progress.images_seen = done, progress.images_seen + batch
-        speed.count(batch)
 
-        if done % log == 0 or done == total or norms:
-            row = {"train/loss": mean_loss, "train/lr": lr, "train/grad_norm": engine.gradient_norm, "train/images_seen": progress.images_seen}
-            recorder.record(done, {**row, **speed.row(), **block_norms(norms)})
+        speed.count(run.global_batch)
+        if done % every.log == 0 or done == total or due:
+            row = {"train/loss": mean_loss, "train/lr": rate, "train/grad_norm": engine.gradient_norm}
+            row |= {"train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms)}
+            recorder.record(done, row)
         with speed.paused():
-            if held_out is not None and (done == total or (assess and done % assess == 0)):
+            if held_out is not None and (done == total or (every.evaluate and done % every.evaluate == 0)):
                 evaluation = evaluate(engine, held_out, config.loss)
                 recorder.record(done, evaluation)
-            if done == total or (save and done % save == 0):
+            if done == total or (every.save and done % every.save == 0):
                 path = state.save(directory.checkpoints, progress, evaluation)
                 prune(directory.checkpoints, part.checkpoint.keep_last, part.checkpoint.keep_every_steps, path)
                 directory.event("save", step=done, path=str(path))
 
-    recorder.say(f"finished after {total} steps\n{closing_lines(directory, run.monitors)}")
+    recorder.say(f"this run is complete: {total} steps\n{closing_lines(directory, run.monitors)}")
     recorder.close()
+    loader.close()
     directory.event("finish", step=total, **evaluation)
     directory.outcome("finished", 0, total)
-    directory.release()
-    loader.close()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
 def environment(**more: str) -> dict[str, str]:
     """This environment, on the CPU, one thread a rank, and without a launcher's variables."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH", "")])])
     bin_path = os.pathsep.join([str(DEEPSPEED.parent), kept.get("PATH", "")])
     return {**kept, "PYTHONPATH": path, "PATH": bin_path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **more}
@@ -27,17 +31,27 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def deepspeed(ranks: int, script: Path | str, *arguments: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    ranks: int, script: Path | str, *arguments: str, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run `deepspeed --num_gpus RANKS SCRIPT …` to its end; everything it printed is in `.stdout`."""
     command = [
         str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *map(str, arguments),
     ]  # fmt: skip
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**more), timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=environment(**more),
+        timeout=timeout,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
-def train(ranks: int, config: Path | str, output: Path | str, *overrides: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+def train(
+    ranks: int, config: Path | str, output: Path | str, *overrides: str, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
     """The user's own command: `deepspeed --num_gpus RANKS launcher/train.py --config … --output-dir … --set …`."""
     arguments = ["--config", str(config), "--output-dir", str(output)]
     for override in overrides:

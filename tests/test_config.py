@@ -84,7 +84,7 @@ def test_bad_input_is_one_clear_line(tmp_path, place, value, hint):
 
 def test_syntax_errors_name_line_and_column(tmp_path):
     with pytest.raises(UserError, match="line 2, column 3"):
-        load(tmp_path, text='{\n  oops: 1}')
+        load(tmp_path, text="{\n  oops: 1}")
 
 
 def test_a_key_given_twice_is_named_with_its_path(tmp_path):
@@ -101,7 +101,15 @@ def test_missing_files_name_the_nearest(tmp_path):
 
 
 def test_overrides_reach_both_halves(tmp_path):
-    run = load(tmp_path, sets=["zero_optimization.stage=3", "vitds.train.total_epochs=2", "vitds.model.pool=gap", "vitds.data.eval=null"])
+    run = load(
+        tmp_path,
+        sets=[
+            "zero_optimization.stage=3",
+            "vitds.train.total_epochs=2",
+            "vitds.model.pool=gap",
+            "vitds.data.eval=null",
+        ],
+    )
     assert run.deepspeed["zero_optimization"]["stage"] == 3
     assert (run.vitds.train.total.value, run.vitds.train.total.unit) == (2, "epochs")
     assert run.vitds.model.pool == "gap"
@@ -119,7 +127,11 @@ def test_the_resolved_file_is_a_run_file_with_the_same_meaning(tmp_path):
 
 
 def test_a_bare_deepspeed_file_trains_the_paper_s_model(tmp_path):
-    bare = {"train_batch_size": 32, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}, "bf16": {"enabled": True}}
+    bare = {
+        "train_batch_size": 32,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "bf16": {"enabled": True},
+    }
     run = load(tmp_path, text=json.dumps(bare))
     assert run.vitds.model.variant == "ViT-G/14"
     assert run.deepspeed["zero_optimization"]["stage"] == 2

@@ -14,12 +14,11 @@ from vitds.data.transforms import build_transforms
 from vitds.errors import UserError
 from vitds.models import ViTForImageClassification, build_config, variant_shape
 from vitds.optim.groups import build_groups
-from vitds.schedules import build_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0, "sections": 0, "layout": 0, "dist": 0, "schedules": 0,
-    "models": 1, "optim": 1, "data": 1, "metrics": 1, "run_directory": 1, "lease": 0, "guard": 1,
+    "models": 1, "optim": 1, "data": 1, "metrics": 1, "run_directory": 1, "lease": 0, "json_files": 0, "guard": 1,
     "zero": 2, "evaluation": 2, "checkpoint": 3, "config": 4, "cli": 5, "launcher": 5,
 }  # fmt: skip
 LONGEST = 330
@@ -56,7 +55,9 @@ def test_arrows_point_down():
             if name.startswith("vitds.") and (there := name.split(".")[1]) != here and there in FLOORS:
                 own_floor = FLOORS[here] == FLOORS[there] and FLOORS[here] > 0
                 if FLOORS[there] > FLOORS[here] or (own_floor and FLOORS[here] != 5):
-                    wrong.append(f"{path.relative_to(ROOT)} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})")
+                    wrong.append(
+                        f"{path.relative_to(ROOT)} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
+                    )
     assert not wrong, "\n".join(wrong)
 
 
@@ -107,10 +108,8 @@ def test_every_shipped_run_file_is_complete(path: Path):
     model.set_activation_checkpointing(run.vitds.train.activation_checkpointing)
     groups = build_groups(model.shapes, **run.rates, decay_patterns=model.decay_patterns(), overrides=run.vitds.groups)
     assert sum(group.numel for group in groups) == sum(p.numel() for p in model.parameters())
-    length = {"global_batch": run.global_batch, "images_per_epoch": 1_281_167}
-    total = run.vitds.train.total.to_steps(**length)
-    schedule = build_schedule(run.scheduler, total_steps=total, **length)
-    assert 0 < max(schedule(k) for k in range(0, total, max(1, total // 100))) <= 1
+    lengths = run.lengths(1_281_167)
+    assert 0 < max(lengths.schedule(k) for k in range(0, lengths.total, max(1, lengths.total // 100))) <= 1
     for section, role in ((run.vitds.data.train, "train"), (run.vitds.data.eval, "eval")):
         if section is not None and section.transforms is not None:
             build_transforms(section.transforms, run.vitds.model.image_size, f"vitds.data.{role}.transforms")
@@ -131,7 +130,16 @@ def test_a_typo_in_a_variant_is_named():
 def test_nothing_names_a_private_machine():
     """Paths of the machine this was written on do not belong in a repository."""
     bad = []
-    for path in [*ROOT.glob("*.*"), ROOT / "Makefile", *ROOT.glob("docs/*"), *ROOT.glob("ds_configs/*"), *sources(), *ROOT.glob("benchmarks/*")]:
-        if path.is_file() and any(word in path.read_text(errors="ignore") for word in ("/root/", "/home/", "/wor" + "k/")):
+    for path in [
+        *ROOT.glob("*.*"),
+        ROOT / "Makefile",
+        *ROOT.glob("docs/*"),
+        *ROOT.glob("ds_configs/*"),
+        *sources(),
+        *ROOT.glob("benchmarks/*"),
+    ]:
+        if path.is_file() and any(
+            word in path.read_text(errors="ignore") for word in ("/root/", "/home/", "/wor" + "k/")
+        ):
             bad.append(str(path.relative_to(ROOT)))
     assert not bad, bad

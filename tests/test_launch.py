@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,11 +45,27 @@ def test_the_run_directory_is_what_the_design_says(unbroken):
     assert {"config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "tensorboard", "checkpoints"} <= names
     assert [p.name for p in sorted((unbroken / "checkpoints").iterdir())] == ["step-000000008", "step-000000012"]
     files = {path.name for path in (unbroken / "checkpoints" / "step-000000012").iterdir()}
-    assert {"config.json", "preprocessor_config.json", "model.safetensors", "training_state.json", "manifest.json", "README.md"} <= files
+    assert {
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        "training_state.json",
+        "manifest.json",
+        "README.md",
+    } <= files
     rows = read_metrics(unbroken)
     assert [row["step"] for row in rows] == list(range(1, 13))
     last = rows[-1]
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_seen", "perf/images_per_second", "perf/data_wait", "perf/peak_memory_gib", "eval/top1"} <= set(last)
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/images_seen",
+        "perf/images_per_second",
+        "perf/data_wait",
+        "perf/peak_memory_gib",
+        "eval/top1",
+    } <= set(last)
     assert last["train/images_seen"] == 12 * 24
     assert rows[0]["train/lr"] == 0.0
     assert {"train/grad_norm/blocks.0", "train/param_norm/head", "train/update_rms/attn_pool"} <= set(rows[4])
@@ -124,10 +141,8 @@ def kill_family(pid: int) -> None:
     def kill(one: int) -> None:
         for child in children.get(one, []):
             kill(child)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(one, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     kill(pid)
 
@@ -142,7 +157,11 @@ def kill_family(pid: int) -> None:
     ids=["typo", "another run", "batch"],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(unbroken, sets, hint):
-    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and path.suffix == ".safetensors"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in unbroken.rglob("*")
+        if path.is_file() and path.suffix == ".safetensors"
+    }
     done = train(2, DIGITS, unbroken, *SMALL, *sets)
     assert done.stdout.count("vitds: ") == 1, done.stdout
     assert hint in done.stdout
@@ -153,7 +172,9 @@ def test_a_mistake_is_one_message_and_exit_code_2(unbroken, sets, hint):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     run = tmp_path / "run"
-    done = train(2, DIGITS, run, *SMALL, "optimizer.params.lr=1e30", 'scheduler.params={}', "vitds.checkpoint.every_steps=1")
+    done = train(
+        2, DIGITS, run, *SMALL, "optimizer.params.lr=1e30", "scheduler.params={}", "vitds.checkpoint.every_steps=1"
+    )
     assert "NotFinite" in done.stdout, done.stdout[-2000:]
     assert "the last checkpoint is" in done.stdout
     assert done.returncode == 1

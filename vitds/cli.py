@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vitds: {error}", file=sys.stderr)
         return 2
     print(json.dumps(run.resolved, indent=2, ensure_ascii=False))
-    print(f"{options.gpus} rank(s) × {run.micro_batch} images × {run.accumulation} micro batches = {run.global_batch} a step", file=sys.stderr)
+    print(
+        f"{options.gpus} rank(s) × {run.micro_batch} images × {run.accumulation} micro batches = {run.global_batch} a step",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -59,7 +62,7 @@ def _section(cls: Any, path: str, leaf: bool = False) -> list[str]:
     rows, inner = [], []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h) and hasattr(h, "__doc__") and h.__name__.endswith("Section")), None)
+        nested = next((option for option in (hint, *typing.get_args(hint)) if _is_section(option)), None)
         if nested is not None:
             inner += _section(nested, f"{path}.{field.name}" if path else field.name)
             continue
@@ -71,6 +74,10 @@ def _section(cls: Any, path: str, leaf: bool = False) -> list[str]:
     summary = (cls.__doc__ or "").strip().splitlines()[0] if leaf or rows else ""
     own = ["", f"## {path}", "", summary, "", "| key | default | meaning |", "|---|---|---|", *rows] if rows else []
     return own + inner
+
+
+def _is_section(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) and str(getattr(hint, "__name__", "")).endswith("Section")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vitds.checkpoint.retention import CheckpointSection
 from vitds.data import DataSection, SourceSection
-from vitds.errors import UserError, nearest
+from vitds.errors import UserError
+from vitds.json_files import override, read_object, walk
 from vitds.metrics import MonitorSections, monitor_sections
 from vitds.models import ModelSection
 from vitds.optim import check_optimizer
-from vitds.schedules import SchedulerSection
+from vitds.schedules import Schedule, SchedulerSection, build_schedule
 from vitds.sections import Duration, key, parse, to_json
 from vitds.zero.engine import other_optimizer_names, precision, zero_stage
 from vitds.zero.section import check_deepspeed_section
 
-DEFAULT_OPTIMIZER = {"type": "ModifiedAdafactor", "params": {"lr": 8e-4, "weight_decay": 0.03, "head_weight_decay": 3.0}}
+DEFAULT_OPTIMIZER = {
+    "type": "ModifiedAdafactor",
+    "params": {"lr": 8e-4, "weight_decay": 0.03, "head_weight_decay": 3.0},
+}
 MONITORS = ("tensorboard", "wandb", "csv_monitor")
 OURS = ("vitds", "_about", "scheduler", *MONITORS)
 """Top-level sections that never reach DeepSpeed; `optimizer` does not either where the class is ours."""
@@ -35,20 +38,28 @@ class TrainSection:
 
     total: Duration = key(Duration(10_000), "Length of the run.")
     seed: int = key(0, "Seed of the initial weights, the order of images and their augmentation.")
-    activation_checkpointing: str = key("none", "Recompute activations in the backward pass: none, full, every:N blocks or selective.")
+    activation_checkpointing: str = key(
+        "none", "Recompute activations in the backward pass: none, full, every:N blocks or selective."
+    )
     compile: bool = key(False, "Compile the transformer blocks with torch.compile.")
     tf32: bool = key(True, "Let fp32 matrix products use TF32 on GPUs that have it.")
     log_every: Duration = key(Duration(50), "Interval of metrics rows and progress lines.")
     eval_every: Duration = key(Duration(0), "Interval of evaluations; 0 evaluates at the end only.")
-    diagnostics_every: Duration = key(Duration(0), "Interval of per-block gradient, weight and update norms; 0 is never.")
-    peak_tflops: float | None = key(None, "Dense peak of one device in the training precision, for MFU; known for common GPUs.")
+    diagnostics_every: Duration = key(
+        Duration(0), "Interval of per-block gradient, weight and update norms; 0 is never."
+    )
+    peak_tflops: float | None = key(
+        None, "Dense peak of one device in the training precision, for MFU; known for common GPUs."
+    )
 
 
 @dataclass(frozen=True)
 class GuardSection:
     """What happens when a loss or gradient is not finite. The weights never see it."""
 
-    nonfinite: str = key("stop", "stop ends the run before the update; skip drops the batch and goes on.", choices=("stop", "skip"))
+    nonfinite: str = key(
+        "stop", "stop ends the run before the update; skip drops the batch and goes on.", choices=("stop", "skip")
+    )
     max_skips: int = key(10, "Batches dropped in a row before the run stops all the same.")
 
 
@@ -57,7 +68,9 @@ class InitFromSection:
     """Where a fresh run takes its weights from; its own checkpoint always comes first."""
 
     path: str = key(doc="A checkpoint directory (step-…), or a .safetensors file with this model's names.")
-    what: str = key("weights", "weights alone, or all: optimizer state, step and position too (a fork).", choices=("weights", "all"))
+    what: str = key(
+        "weights", "weights alone, or all: optimizer state, step and position too (a fork).", choices=("weights", "all")
+    )
 
 
 @dataclass(frozen=True)
@@ -73,14 +86,30 @@ class VitdsSection:
     """The section `vitds` of the run file."""
 
     model: ModelSection = key(ModelSection(), "The Vision Transformer.")
-    data: DataSection = key(DataSection(SourceSection("synthetic")), "Where images come from and how they are prepared.")
+    data: DataSection = key(
+        DataSection(SourceSection("synthetic")), "Where images come from and how they are prepared."
+    )
     train: TrainSection = key(TrainSection(), "Length, seed and intervals.")
     checkpoint: CheckpointSection = key(CheckpointSection(), "When to save and what to keep.")
     guard: GuardSection = key(GuardSection(), "What to do about losses and gradients that are not finite.")
     init_from: InitFromSection | None = key(None, "Weights or a whole state to start from.")
     groups: list[Any] = key([], "[[name pattern, {weight_decay, lr_mult, frozen}], …]: first full match wins.")
-    plugins: list[str] = key([], "Modules imported first; they may add to vitds.optim.OPTIMIZERS and the other registries.")
+    plugins: list[str] = key(
+        [], "Modules imported first; they may add to vitds.optim.OPTIMIZERS and the other registries."
+    )
     cluster: ClusterSection = key(ClusterSection(), "World sizes allowed.")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The run file's lengths in optimizer steps; an interval of 0 is never (evaluation and saving: at the end only)."""
+
+    total: int
+    log: int
+    evaluate: int
+    diagnose: int
+    save: int
+    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -101,6 +130,19 @@ class RunFile:
     resolved: dict[str, Any] = field(repr=False)
     """Every key explicit; written to the run directory and kept in checkpoints."""
 
+    def lengths(self, images_per_epoch: int) -> Lengths:
+        """All lengths in steps, once the size of the training set is known.
+
+        Raises:
+            UserError: a schedule that does not fit into the run.
+        """
+        train, known = self.vitds.train, {"global_batch": self.global_batch, "images_per_epoch": images_per_epoch}
+        total = train.total.to_steps(**known)
+        every = (train.log_every, train.eval_every, train.diagnostics_every, self.vitds.checkpoint.every)
+        log, evaluate, diagnose, save = (length.to_steps(**known, total_steps=total) for length in every)
+        schedule = build_schedule(self.scheduler, total_steps=total, **known)
+        return Lengths(total, max(1, log), evaluate, diagnose, save, schedule)
+
 
 def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: int = 1) -> RunFile:
     """Read, override, check and resolve a run file for a world size.
@@ -113,9 +155,9 @@ def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: 
         UserError: anything wrong, with the file's name in front.
     """
     try:
-        given = _read(Path(path))
+        given = read_object(Path(path))
         for text in overrides or []:
-            _override(given, text)
+            override(given, text)
         return _resolve(path, given, world_size)
     except UserError as error:
         message = str(error)
@@ -152,82 +194,9 @@ def _divisors(number: int, most: int = 12) -> str:
     return ", ".join(map(str, every[-most:]))
 
 
-class _Twice(dict[str, Any]):
-    """A JSON object in which a key was given twice."""
-
-    key = ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The file's JSON object; duplicate keys, NaN and syntax errors are refused with their place."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        words = [word for word, _ in items]
-        repeated = [word for word in words if words.count(word) > 1]
-        if not repeated:
-            return dict(items)
-        twice = _Twice(items)
-        twice.key = repeated[0]
-        return twice
-
-    def constant(word: str) -> Any:
-        raise UserError(f"{path}: {word} is not JSON; write a number")
-
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
-        where = "is a directory" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {where}{nearest(path.name, siblings)}")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(given).__name__}")
-    for place, value in _walk(given):
-        if isinstance(value, _Twice):
-            raise UserError(f"{path}: {(place + '.' if place else '') + value.key}: the key is given twice")
-    return given
-
-
-def _walk(value: Any, place: str = "") -> list[tuple[str, Any]]:
-    found = [(place, value)]
-    if isinstance(value, dict):
-        for word, inner in value.items():
-            found += _walk(inner, f"{place}.{word}" if place else word)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            found += _walk(inner, f"{place}[{i}]")
-    return found
-
-
-def _override(given: dict[str, Any], text: str) -> None:
-    """Apply one `--set a.b.c=value`."""
-    place, equals, raw = text.partition("=")
-    if not equals or not all(place.split(".")):
-        raise UserError(f"--set {text!r}: expected KEY=VALUE with dots between the parts of the key, as in vitds.train.seed=1")
-    try:
-        value = json.loads(raw)
-    except json.JSONDecodeError:
-        value = raw
-    *parents, last = place.split(".")
-    target: Any = given
-    for word in parents:
-        target = target.setdefault(word, {})
-        if not isinstance(target, dict):
-            raise UserError(f"--set {text!r}: {word!r} holds {target!r}, not an object")
-    unit = last.rsplit("_", 1)
-    if len(unit) == 2 and unit[1] in ("steps", "images", "epochs", "percent") and last not in target:
-        # A length has one unit: the new one takes the old one's place.
-        for other in ("steps", "images", "epochs", "percent"):
-            target.pop(f"{unit[0]}_{other}", None)
-    target[last] = value
-
-
 def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
     given = copy.deepcopy(given)
-    for place, value in _walk(given):
+    for place, value in walk(given):
         if value == "auto" and not place.startswith("_about"):
             raise UserError(f"{place}: 'auto' is for another trainer; write the value")
     section = parse(VitdsSection, given.get("vitds", {}), "vitds")
@@ -243,7 +212,11 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
     if "lr" not in optimizer["params"]:
         raise UserError("optimizer.params.lr: missing; the base learning rate, which the schedule multiplies")
     params = optimizer["params"]
-    rates = {"lr": params["lr"], "weight_decay": params.get("weight_decay", 0.0), "head_weight_decay": params.get("head_weight_decay")}
+    rates = {
+        "lr": params["lr"],
+        "weight_decay": params.get("weight_decay", 0.0),
+        "head_weight_decay": params.get("head_weight_decay"),
+    }
     scheduler = parse(SchedulerSection, given.get("scheduler", {}), "scheduler")
     monitors = monitor_sections(given)
 
@@ -269,7 +242,9 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
         **({"_about": given["_about"]} if "_about" in given else {}),
         **deepspeed, "optimizer": optimizer, "scheduler": to_json(scheduler), **to_json(monitors), "vitds": to_json(section),
     }  # fmt: skip
-    return RunFile(deepspeed, optimizer, rates, scheduler, monitors, section, global_batch, micro, accumulation, resolved)
+    return RunFile(
+        deepspeed, optimizer, rates, scheduler, monitors, section, global_batch, micro, accumulation, resolved
+    )
 
 
 def _resolve_accumulation_dtype(deepspeed: dict[str, Any]) -> None:
@@ -291,4 +266,6 @@ def _check_cluster(cluster: ClusterSection, world_size: int) -> None:
         ("max_gpus", cluster.max_gpus, cluster.max_gpus is not None and world_size > cluster.max_gpus),
     ):
         if bad:
-            raise UserError(f"vitds.cluster.{word}: this start has {world_size} rank(s), the run file allows {'at least' if word == 'min_gpus' else 'at most'} {bound}")
+            raise UserError(
+                f"vitds.cluster.{word}: this start has {world_size} rank(s), the run file allows {'at least' if word == 'min_gpus' else 'at most'} {bound}"
+            )

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
+
+
+class Place(Protocol):
+    """Where a run is (vitds.checkpoint.state.Progress)."""
+
+    step: int
+    position: int
 
 
 class NotFinite(RuntimeError):
@@ -23,16 +31,18 @@ class Guard:
         self.policy, self.max_skips, self.scaled = policy, max_skips, scaled
         self.in_a_row = 0
 
-    def check_loss(self, loss: float, step: int, position: int) -> None:
+    def check_loss(self, loss: float, at: Place) -> None:
         """Before the update: the mean loss over all ranks, hence the same answer on each.
 
         Raises:
             NotFinite: the loss is inf or nan and the policy is to stop.
         """
         if not math.isfinite(loss) and self.policy == "stop":
-            raise NotFinite(f"step {step}, images from position {position}: the loss is {loss}; the weights are those of step {step}")
+            raise NotFinite(
+                f"step {at.step}, images from position {at.position}: the loss is {loss}; the weights are those of step {at.step}"
+            )
 
-    def check_update(self, updated: bool, gradient_norm: float, step: int, position: int) -> None:
+    def check_update(self, updated: bool, gradient_norm: float, at: Place) -> None:
         """After the update, or after DeepSpeed refused to make it because a gradient was not finite.
 
         Raises:
@@ -43,6 +53,6 @@ class Guard:
             return
         if self.policy == "stop" or self.in_a_row > self.max_skips:
             raise NotFinite(
-                f"step {step}, images from position {position}: the gradient's norm is {gradient_norm}, {self.in_a_row} time(s) in a "
-                f"row; the weights are those of step {step}"
+                f"step {at.step}, images from position {at.position}: the gradient's norm is {gradient_norm}, {self.in_a_row} time(s) in a "
+                f"row; the weights are those of step {at.step}"
             )

@@ -1,4 +1,4 @@
-"""JSON on disk that a kill at any point leaves readable, and that any reader of JSON accepts."""
+"""JSON on disk: written so that a kill at any point leaves it readable, read so that no mistake in it passes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+
+from vitds.errors import UserError, nearest
 
 
 def finite(value: Any) -> Any:
@@ -46,3 +48,79 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             line = "\n" + line
         file.write(line.encode())
+
+
+class _Twice(dict[str, Any]):
+    """A JSON object in which a key was given twice."""
+
+    key = ""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The file's JSON object; duplicate keys, NaN and syntax errors are refused with their place."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        words = [word for word, _ in items]
+        repeated = [word for word in words if words.count(word) > 1]
+        if not repeated:
+            return dict(items)
+        twice = _Twice(items)
+        twice.key = repeated[0]
+        return twice
+
+    def constant(word: str) -> Any:
+        raise UserError(f"{path}: {word} is not JSON; write a number")
+
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        where = "is a directory" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {where}{nearest(path.name, siblings)}")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(given).__name__}")
+    for place, value in walk(given):
+        if isinstance(value, _Twice):
+            raise UserError(f"{path}: {(place + '.' if place else '') + value.key}: the key is given twice")
+    return given
+
+
+def walk(value: Any, place: str = "") -> list[tuple[str, Any]]:
+    """(dotted place, value) of a JSON value and of everything in it."""
+    found = [(place, value)]
+    if isinstance(value, dict):
+        for word, inner in value.items():
+            found += walk(inner, f"{place}.{word}" if place else word)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            found += walk(inner, f"{place}[{i}]")
+    return found
+
+
+def override(given: dict[str, Any], text: str) -> None:
+    """Apply one `--set a.b.c=value`."""
+    place, equals, raw = text.partition("=")
+    if not equals or not all(place.split(".")):
+        raise UserError(
+            f"--set {text!r}: expected KEY=VALUE with dots between the parts of the key, as in vitds.train.seed=1"
+        )
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    *parents, last = place.split(".")
+    target: Any = given
+    for word in parents:
+        target = target.setdefault(word, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {text!r}: {word!r} holds {target!r}, not an object")
+    unit = last.rsplit("_", 1)
+    if len(unit) == 2 and unit[1] in ("steps", "images", "epochs", "percent") and last not in target:
+        # A length has one unit: the new one takes the old one's place.
+        for other in ("steps", "images", "epochs", "percent"):
+            target.pop(f"{unit[0]}_{other}", None)
+    target[last] = value

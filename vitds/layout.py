@@ -32,7 +32,7 @@ class Fragment:
 
     def __post_init__(self) -> None:
         assert math.prod(self.view) == math.prod(self.shape), f"{self.name}: view {self.view} of shape {self.shape}"
-        assert 0 <= self.start and self.start + self.numel <= math.prod(self.shape), self
+        assert 0 <= self.start <= self.start + self.numel <= math.prod(self.shape), self
 
     @property
     def total(self) -> int:

@@ -27,7 +27,9 @@ class Duration:
     value: float
     unit: str = "steps"
 
-    def to_steps(self, *, global_batch: int, images_per_epoch: int | None = None, total_steps: int | None = None) -> int:
+    def to_steps(
+        self, *, global_batch: int, images_per_epoch: int | None = None, total_steps: int | None = None
+    ) -> int:
         """Optimizer steps: max(1, round(x)); 0 stays 0.
 
         Raises:
@@ -45,7 +47,9 @@ class Duration:
             steps = self.value * images_per_epoch / global_batch
         else:
             if total_steps is None:
-                raise UserError("a duration in percent needs a total; write the total itself in steps, images or epochs")
+                raise UserError(
+                    "a duration in percent needs a total; write the total itself in steps, images or epochs"
+                )
             steps = self.value / 100 * total_steps
         return max(1, round(steps))
 
@@ -90,7 +94,9 @@ def parse(cls: type[Section], given: Any, path: str) -> Section:
             raise UserError(f"{path}: {' and '.join(present)} are two lengths of one thing; give exactly one")
         if not present:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise UserError(f"{path}.{' | '.join(json_names(field, hint))}: missing; {field.metadata.get('doc', '')}")
+                raise UserError(
+                    f"{path}.{' | '.join(json_names(field, hint))}: missing; {field.metadata.get('doc', '')}"
+                )
             continue
         word, place = present[0], f"{path}.{present[0]}"
         if _is_duration(hint):
@@ -158,7 +164,9 @@ def typed(value: Any, hint: Any, place: str) -> Any:
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise UserError(f"{place}: expected an object, found {value!r}")
-        return {word: typed(item, arguments[1], f"{place}.{word}") for word, item in value.items()} if arguments else value
+        return (
+            {word: typed(item, arguments[1], f"{place}.{word}") for word, item in value.items()} if arguments else value
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -167,7 +175,14 @@ def typed(value: Any, hint: Any, place: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "an object", list: "a list"}
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        dict: "an object",
+        list: "a list",
+    }
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_name(option) for option in typing.get_args(hint) if option is not type(None))
     return words.get(typing.get_origin(hint) or hint, getattr(hint, "__name__", str(hint)))

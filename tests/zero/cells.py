@@ -13,7 +13,12 @@ FP16_SUM = {"data_types": {"grad_accum_dtype": "fp16"}, "communication_data_type
 
 
 def _cell(precision: dict[str, Any], sums: dict[str, Any], stage: int, **zero: Any) -> dict[str, Any]:
-    return {**precision, **sums, "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000, **zero}, "gradient_clipping": 0.5}
+    return {
+        **precision,
+        **sums,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 3000, **zero},
+        "gradient_clipping": 0.5,
+    }
 
 
 CELLS: dict[str, dict[str, Any]] = {

@@ -115,7 +115,9 @@ def main(directory: str) -> None:
 
     init_distributed()
     results: dict[str, torch.Tensor] = {}
-    cells = [(o, c, s) for c, s in CELLS.items() for o in OPTIMIZERS if not c.startswith("fp16") or torch.cuda.is_available()]
+    cells = [
+        (o, c, s) for c, s in CELLS.items() for o in OPTIMIZERS if not c.startswith("fp16") or torch.cuda.is_available()
+    ]
     for optimizer, cell, section in cells:
         for key, value in run(optimizer, section).items():
             results[f"{optimizer}|{cell}|{key}"] = value

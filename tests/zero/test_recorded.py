@@ -81,7 +81,9 @@ def test_every_cell_matches_the_equations(launched, record_property):
         for optimizer in recorded.OPTIMIZERS:
             run = f"{optimizer}|{cell}"
             decided, doubtful = worst(runs, run, world)
-            table.append(f"{world} ranks  {cell:28} {facts[run]['wrapper']:30} {optimizer:26} {decided:.1e} {doubtful:.1e}")
+            table.append(
+                f"{world} ranks  {cell:28} {facts[run]['wrapper']:30} {optimizer:26} {decided:.1e} {doubtful:.1e}"
+            )
             if not decided < 3e-6 or not doubtful < 2e-2:
                 bad.append(table[-1])
     print("\n".join(table))
@@ -113,6 +115,8 @@ def test_state_is_as_small_as_promised(launched):
     world, _, facts = launched
     held = sum(torch.Size(s).numel() for s in recorded.SHAPES.values())
     for cell in ("fp32 z2", "bf16 z3"):
-        adafactor, adam = (int(facts[f"{o}|{cell}"]["state"]) for o in ("ModifiedAdafactor", "HalfPrecisionMomentumAdam"))
+        adafactor, adam = (
+            int(facts[f"{o}|{cell}"]["state"]) for o in ("ModifiedAdafactor", "HalfPrecisionMomentumAdam")
+        )
         assert adafactor < 0.6 * adam
         assert adam < 6.1 * held / world + 6 * 64

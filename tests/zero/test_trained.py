@@ -68,11 +68,16 @@ def test_stages_and_ranks_agree(worlds, optimizer):
     table, bad = [], []
     for world, (facts, parameters) in worlds.items():
         for run in facts[0]:
-            if not run.startswith("fp32") or facts[0][run]["optimizer"] != facts[0][f"fp32 z0 {optimizer}"]["optimizer"]:
+            if (
+                not run.startswith("fp32")
+                or facts[0][run]["optimizer"] != facts[0][f"fp32 z0 {optimizer}"]["optimizer"]
+            ):
                 continue
             loss = max(abs(a - b) for a, b in zip(facts[0][run]["losses"], base_facts["losses"], strict=True))
             typical, largest = apart(parameters[run], base)
-            table.append(f"{world} ranks  {run:36} loss {loss:.1e}  parameters {typical:.1e} typical, {largest:.1e} at most")
+            table.append(
+                f"{world} ranks  {run:36} loss {loss:.1e}  parameters {typical:.1e} typical, {largest:.1e} at most"
+            )
             # Rates are 3e-3 and 5e-3. Where a gradient is nearly zero its rounding is a visible part of a step.
             if not loss < 1e-5 or not typical < 1e-6 or not largest < 2e-4:
                 bad.append(table[-1])
@@ -106,7 +111,13 @@ def test_what_is_observed_is_true(worlds):
         for run, fact in facts[0].items():
             assert fact["observed_grad_norm"] == pytest.approx(fact["grad_norm"], rel=1e-3), (world, run)
             for name, value in parameters[run].items():
-                assert fact["observed_weight"][name] == pytest.approx(float(value.double().square().sum()), rel=1e-4), (world, run, name)
+                assert fact["observed_weight"][name] == pytest.approx(float(value.double().square().sum()), rel=1e-4), (
+                    world,
+                    run,
+                    name,
+                )
                 holders = facts[:1] if " z0" in run else facts
-                moved_by = sum(size for f in holders for key, size in f[run]["own_update"].items() if key.split("|")[0] == name)
+                moved_by = sum(
+                    size for f in holders for key, size in f[run]["own_update"].items() if key.split("|")[0] == name
+                )
                 assert fact["observed_update"][name] == pytest.approx(moved_by, rel=1e-4), (world, run, name)

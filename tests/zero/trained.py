@@ -19,7 +19,7 @@ from tests.zero.cells import ACCUMULATION, CELLS
 from vitds import dist
 from vitds.checkpoint.state import RunState
 from vitds.data import DataSection, SourceSection, TrainLoader, build_sources, to_model_range
-from vitds.models import ModelSection, ViTForImageClassification, VitdsImageProcessor, build_config
+from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
 from vitds.optim.groups import build_groups
 from vitds.schedules import build_schedule
 from vitds.zero.engine import TrainingEngine, init_distributed
@@ -27,7 +27,15 @@ from vitds.zero.observe import observed
 
 STEPS, BATCH = 10, 12
 MODEL = ModelSection(
-    width=64, depth=2, mlp_dim=96, num_heads=2, patch_size=2, image_size=8, num_classes=10, loss="sigmoid", init_head_bias=-2.0
+    width=64,
+    depth=2,
+    mlp_dim=96,
+    num_heads=2,
+    patch_size=2,
+    image_size=8,
+    num_classes=10,
+    loss="sigmoid",
+    init_head_bias=-2.0,
 )
 DATA = DataSection(train=SourceSection("digits", transforms=[{"random_shift": {"pixels": 1}}]))
 ADAFACTOR = {"type": "ModifiedAdafactor", "params": {"lr": 5e-3, "weight_decay": 0.03, "head_weight_decay": 3.0}}
@@ -69,7 +77,11 @@ class Trainer:
         self.engine = TrainingEngine(self.model, groups, optimizer, section, ACCUMULATION)
         schedule = {"type": "rsqrt", "params": {"warmup_steps": 3, "timescale_steps": 5, "cooldown_steps": 4}}
         self.schedule = build_schedule(schedule, total_steps=STEPS, global_batch=BATCH)
-        resolved = {"vitds": {"train": {"seed": 0}}, "optimizer": optimizer, "zero_optimization": section["zero_optimization"]}
+        resolved = {
+            "vitds": {"train": {"seed": 0}},
+            "optimizer": optimizer,
+            "zero_optimization": section["zero_optimization"],
+        }
         self.state = RunState(self.engine, self.model, self.schedule, resolved, VitdsImageProcessor(8, 8))
         self.directory = directory
         self.progress, _ = self.state.restore(directory, "full", None)
@@ -110,13 +122,20 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     unbroken = Trainer(cell, optimizer, policy, never)
     for shard in unbroken.engine.master_shards():
         initial = unbroken.model.initial_tensor(shard.name, 0).view(-1)[shard.start : shard.start + shard.data.numel()]
-        assert torch.equal(shard.data.detach(), initial), f"{name}: step-0 master {shard.name} is not the fp32 initial value"
+        assert torch.equal(shard.data.detach(), initial), (
+            f"{name}: step-0 master {shard.name} is not the fp32 initial value"
+        )
     losses = unbroken.train(STEPS - 1)
     before = unbroken.held()
     with observed(unbroken.engine) as norms:
         losses += unbroken.train(STEPS)
     final = unbroken.held()
-    facts: dict[str, Any] = {"optimizer": optimizer["type"], "losses": losses, "grad_norm": unbroken.engine.gradient_norm, "wrapper": unbroken.engine.wrapper_name}
+    facts: dict[str, Any] = {
+        "optimizer": optimizer["type"],
+        "losses": losses,
+        "grad_norm": unbroken.engine.gradient_norm,
+        "wrapper": unbroken.engine.wrapper_name,
+    }
     facts["observed_grad_norm"] = sum(n.gradient for n in norms.values()) ** 0.5
     facts["observed_weight"] = {n: v.weight for n, v in norms.items()}
     facts["observed_update"] = {n: v.update for n, v in norms.items()}

@@ -13,7 +13,7 @@ from vitds.checkpoint.load import Checkpoint, WeightsFile, newest_checkpoint, op
 from vitds.checkpoint.save import save_checkpoint
 from vitds.errors import UserError
 from vitds.layout import Shard
-from vitds.models import ViTForImageClassification, VitdsImageProcessor, model_card
+from vitds.models import VitdsImageProcessor, ViTForImageClassification, model_card
 from vitds.schedules import Schedule
 from vitds.zero.engine import TrainingEngine
 
@@ -30,6 +30,15 @@ class Progress:
     """Images whose gradient was applied."""
     skipped: list[list[int]] = field(default_factory=list)
     """[start, end) of positions whose batch was dropped."""
+
+    def advance(self, global_batch: int, updated: bool) -> None:
+        """One global batch further; a dropped one moves the position alone."""
+        self.position += global_batch
+        if updated:
+            self.step += 1
+            self.images_seen += global_batch
+        else:
+            self.skipped.append([self.position - global_batch, self.position])
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,9 @@ class RunState:
         checkpoint.read_into([*self.engine.master_shards(), *self.engine.state_shards()])
         self.engine.restore_counters(state["counters"])
         self.engine.refresh_weights()
-        return Progress(checkpoint.step, state["position"], state["images_seen"], [list(pair) for pair in state["skipped"]])
+        return Progress(
+            checkpoint.step, state["position"], state["images_seen"], [list(pair) for pair in state["skipped"]]
+        )
 
     def _initialise(self, shards: list[Shard]) -> None:
         """Initial fp32 values, one parameter at a time: a function of (seed, name), so each rank makes its own slices."""

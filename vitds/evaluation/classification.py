@@ -46,4 +46,9 @@ def evaluate(engine: Any, loader: EvalLoader, loss: str) -> dict[str, float]:
     top1, top5, total_loss, images = dist.sum_over_ranks(sums).tolist()
     if images == 0:
         return {"eval/images": 0.0}
-    return {"eval/top1": top1 / images, "eval/top5": top5 / images, "eval/loss": total_loss / images, "eval/images": images}
+    return {
+        "eval/top1": top1 / images,
+        "eval/top5": top5 / images,
+        "eval/loss": total_loss / images,
+        "eval/images": images,
+    }

@@ -42,8 +42,11 @@ PEAKS_16_BIT: dict[str, float] = {
 class SpeedSettings(Protocol):
     """The keys of the run file that speed is measured by."""
 
-    peak_tflops: float | None
-    tf32: bool
+    @property
+    def peak_tflops(self) -> float | None: ...
+
+    @property
+    def tf32(self) -> bool: ...
 
 
 @dataclass(frozen=True)

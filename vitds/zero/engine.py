@@ -55,7 +55,12 @@ class TrainingEngine:
     """
 
     def __init__(
-        self, model: Any, groups: list[Group], optimizer: dict[str, Any], section: dict[str, Any], gradient_accumulation_steps: int
+        self,
+        model: Any,
+        groups: list[Group],
+        optimizer: dict[str, Any],
+        section: dict[str, Any],
+        gradient_accumulation_steps: int,
     ) -> None:
         self.groups = {group.name: group for group in groups}
         materialize(model, precision(section))
@@ -64,11 +69,20 @@ class TrainingEngine:
             for name in group.names:
                 parameters[name].requires_grad_(not group.frozen)
         parameter_groups = [
-            {"params": [parameters[name] for name in group.names], "lr": group.lr * group.lr_mult,
-             "weight_decay": group.weight_decay, "name": group.name}
-            for group in groups if not group.frozen and group.names
+            {
+                "params": [parameters[name] for name in group.names],
+                "lr": group.lr * group.lr_mult,
+                "weight_decay": group.weight_decay,
+                "name": group.name,
+            }
+            for group in groups
+            if not group.frozen and group.names
         ]
-        section = {**section, "zero_allow_untested_optimizer": True, "gradient_accumulation_steps": gradient_accumulation_steps}
+        section = {
+            **section,
+            "zero_allow_untested_optimizer": True,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+        }
         client = client_optimizer(optimizer, zero_stage(section))
         if client is None:
             section["optimizer"] = {**optimizer, "params": constructor_params(optimizer.get("params", {}))}
@@ -255,5 +269,7 @@ def _asleep(factory: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], 
 
 def other_optimizer_names() -> list[str]:
     """The names besides those of OPTIMIZERS that `optimizer.type` may have: DeepSpeed's and torch's."""
-    torch_names = [n for n, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer)]
+    torch_names = [
+        n for n, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer)
+    ]
     return [*OWN_NAMES, *sorted(set(torch_names) - {*OWN_NAMES, "Optimizer", "Adafactor"})]

@@ -57,7 +57,11 @@ class ForeignState:
                         f"optimizer.type: {type(self.optimizer).__name__} keeps {key!r}, which is neither of the parameter's shape "
                         "nor a number; it cannot be saved or cut over ranks. Derive it from vitds.optim.base.LayoutOptimizer"
                     )
-            return [k for k, v in self.optimizer.param_groups[0].items() if k not in kept[0] and isinstance(v, (int, float)) and k != "params"]
+            return [
+                k
+                for k, v in self.optimizer.param_groups[0].items()
+                if k not in kept[0] and isinstance(v, (int, float)) and k != "params"
+            ]
         finally:
             self.optimizer.state, self.optimizer.param_groups = state, groups
 
@@ -70,7 +74,9 @@ class ForeignState:
                 if key not in state:
                     state[key] = torch.zeros_like(flat.tensor, dtype=dtype, requires_grad=False)
                 for f in flat.fragments:
-                    out.append(Shard(f"{f.name}.{key}", f.shape, f.of(state[key]), f.start, flat.group, flat.group is None))
+                    out.append(
+                        Shard(f"{f.name}.{key}", f.shape, f.of(state[key]), f.start, flat.group, flat.group is None)
+                    )
             for key, example in self.state_scalars.items():
                 state.setdefault(key, torch.zeros_like(example) if torch.is_tensor(example) else type(example)(0))
         return out

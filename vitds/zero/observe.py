@@ -47,10 +47,11 @@ def observed(engine: TrainingEngine) -> Iterator[dict[str, Norms]]:
 
     def look_before(optimizer: Any, *_: Any) -> None:
         for flat in stepped(optimizer):
+            grad: Any = flat.tensor.grad
             before[id(flat.tensor)] = flat.tensor.detach().to("cpu", copy=True)
             for f in flat.fragments:
                 sums[f.name] = torch.zeros(3, dtype=torch.float64)
-                sums[f.name][0] = _square_sum(f.of(flat.tensor.grad))
+                sums[f.name][0] = _square_sum(f.of(grad))
 
     def look_after(optimizer: Any, *_: Any) -> None:
         for flat in stepped(optimizer):

@@ -62,8 +62,14 @@ class Partitions:
     def master_shards(self) -> list[Shard]:
         """This rank's part of every fp32 master weight, frozen parameters included, as live views."""
         return [
-            Shard(fragment.name, fragment.shape, fragment.of(flat.tensor.detach()), fragment.start, flat.group,
-                  replicated=flat.group is None)
+            Shard(
+                fragment.name,
+                fragment.shape,
+                fragment.of(flat.tensor.detach()),
+                fragment.start,
+                flat.group,
+                replicated=flat.group is None,
+            )
             for flat in [*self.flats, *self.frozen]
             for fragment in flat.fragments
         ]
@@ -103,7 +109,7 @@ class Partitions:
 
     def _local_weight(self, fragment: Fragment) -> torch.Tensor:
         """The slice of the model's own weight that belongs to a fragment. (numel,)"""
-        parameter = self.parameters[fragment.name]
+        parameter: Any = self.parameters[fragment.name]
         if self.sharded_weights:
             return parameter.ds_tensor.data.view(-1)[: fragment.numel]
         return parameter.data.view(-1)[fragment.start : fragment.start + fragment.numel]
@@ -147,7 +153,9 @@ class Partitions:
                 for parameter in group["params"]:
                     yield Flat(parameter, (self._fragment(names[id(parameter)], 0, parameter.numel(), 0),))
         else:
-            raise RuntimeError(f"DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known here")
+            raise RuntimeError(
+                f"DeepSpeed wrapped the optimizer in {type(wrapper).__name__}, whose layout is not known here"
+            )
 
     def _cut(self, flat: torch.Tensor, placed: list[tuple[str, int]], group: Any) -> Flat:
         """One rank's equal share of a buffer in which parameters lie at known starts."""

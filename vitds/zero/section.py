@@ -121,7 +121,9 @@ def check_deepspeed_section(section: dict[str, Any], *, free_form: tuple[str, ..
     for precision in ("bf16", "fp16"):
         for word, value in section.get(precision, {}).items():
             if word.endswith(("_master_weights_and_grads", "_optimizer_states")) and value:
-                raise UserError(f"{precision}.{word}: not supported; the masters are fp32, the momentum is already bf16")
+                raise UserError(
+                    f"{precision}.{word}: not supported; the masters are fp32, the momentum is already bf16"
+                )
     # Without a process group DeepSpeed takes the world size for 1; vitds.config does the batch arithmetic instead.
     batch = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     asked = _Asked({**section, **batch})
