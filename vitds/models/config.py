@@ -120,6 +120,9 @@ class ModelSection:
         0.0, "Constant added to the logits; −10 lets a sigmoid over many classes start near its prior."
     )
 
+    def __post_init__(self) -> None:
+        build_config(self)
+
 
 def build_config(section: ModelSection) -> ViTConfig:
     """The transformers config a section describes.
@@ -135,12 +138,13 @@ def build_config(section: ModelSection) -> ViTConfig:
     if "width" in given and not {"mlp_dim", "num_heads"} <= given.keys():
         missing = [name for name in ("mlp_dim", "num_heads") if name not in given]
         raise UserError(f"vitds.model.width: a width of its own needs {' and '.join(missing)} beside it")
+    named = vars(_named(section.variant)) if section.variant is not None else {}
     if len(given) < 5:
         if section.variant is None:
             raise UserError(
                 "vitds.model.variant: missing; give a name, or all of width, depth, mlp_dim, num_heads, patch_size"
             )
-        given = {**vars(_named(section.variant)), **given}
+        given = {**named, **given}
     for name in ("image_size", "pool", "loss", "init_head_bias", "num_classes"):
         given[name] = getattr(section, name)
     try:
