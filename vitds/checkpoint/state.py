@@ -13,7 +13,12 @@ from vitds.checkpoint.load import Checkpoint, WeightsFile, newest_checkpoint, op
 from vitds.checkpoint.save import save_checkpoint
 from vitds.errors import UserError
 from vitds.layout import Shard
-from vitds.models import VitdsImageProcessor, ViTForImageClassification, model_card
+from vitds.models import (
+    VitdsImageProcessor,
+    ViTForImageClassification,
+    model_card,
+    resample_position_embedding,
+)
 from vitds.schedules import Schedule
 from vitds.zero.engine import TrainingEngine
 
@@ -105,9 +110,9 @@ class RunState:
         if init_from is not None and init_from.what == "all":
             return self._resume(open_checkpoint(Path(init_from.path), verify)), f"forked from {init_from.path}"
         if init_from is not None:
-            WeightsFile(Path(init_from.path)).read_into(self.engine.master_shards())
+            changed = self._transfer(WeightsFile(Path(init_from.path)))
             self.engine.refresh_weights()
-            return Progress(), f"weights from {init_from.path}"
+            return Progress(), "; ".join([f"weights from {init_from.path}", *changed])
         self._initialise(self.engine.master_shards())
         self.engine.refresh_weights()
         return Progress(), "from scratch"
@@ -131,6 +136,30 @@ class RunState:
         return Progress(
             checkpoint.step, state["position"], state["images_seen"], [list(pair) for pair in state["skipped"]]
         )
+
+    def _transfer(self, weights: WeightsFile) -> list[str]:
+        """Masters from another model's weights: the classifier may have other classes and then starts afresh, the
+        position embedding another number of patches and is resampled. Returns what was changed. Collective."""
+        changed, same, fresh = [], [], []
+        for shard in self.engine.master_shards():
+            there = weights.specs.get(shard.name)
+            if shard.name.startswith("head.") and (there is None or there.shape != tuple(shard.shape)):
+                fresh.append(shard)
+            elif shard.name == "pos_embed" and there is not None and there.shape[::2] == tuple(shard.shape)[::2]:
+                if there.shape == tuple(shard.shape):
+                    same.append(shard)
+                    continue
+                stored = weights.read_tensor(shard.name).view(there.shape)
+                value = resample_position_embedding(stored, shard.shape[1]).reshape(-1)
+                shard.data.copy_(value[shard.start : shard.start + shard.data.numel()])
+                changed.append(f"position embedding resampled from {there.shape[1]} to {shard.shape[1]} patches")
+            else:
+                same.append(shard)
+        weights.read_into(same)
+        self._initialise(fresh)
+        if fresh:
+            changed.append("classifier starts afresh")
+        return sorted(set(changed))
 
     def _initialise(self, shards: list[Shard]) -> None:
         """Initial fp32 values, one parameter at a time: a function of (seed, name), so each rank makes its own slices."""

@@ -11,6 +11,7 @@ from vitds.models.config import ModelSection, ViTConfig, build_config
 from vitds.models.image_processor import VitdsImageProcessor
 from vitds.models.losses import LOSSES
 from vitds.models.shapes import VARIANTS, Shape, flops_per_image, parameter_count, variant_shape
+from vitds.models.transfer import resample_position_embedding
 from vitds.models.vit import ViTForImageClassification
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "flops_per_image",
     "model_card",
     "parameter_count",
+    "resample_position_embedding",
     "variant_shape",
 ]
 
