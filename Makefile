@@ -1,5 +1,6 @@
 # make train   set up and train the example on this machine's GPUs, or on its CPU
 # make test    set up and run the tests
+# make torture   every cell of the ZeRO matrices on every number of ranks
 # make lint    ruff and mypy
 # make bench   the benchmarks a CPU can run
 PYTHON ?= python3
@@ -33,6 +34,9 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(READY)
+	VITDS_TORTURE=1 $(BIN)/python -m pytest tests/zero $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

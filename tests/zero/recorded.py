@@ -6,6 +6,7 @@ every optimizer in every cell of the matrix and writes the masters it ends with.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -54,13 +55,21 @@ def factor(step: int) -> float:
 
 
 def tried(world: int) -> list[tuple[str, str]]:
-    """(optimizer, cell) on a world size: fp16 needs a GPU; SGD, which is Adam's layout with less state, at 2 ranks only."""
-    return [
-        (optimizer, cell)
-        for cell in CELLS
-        for optimizer in OPTIMIZERS
-        if (not cell.startswith("fp16") or torch.cuda.is_available())
-        and (world == 2 or optimizer != "HalfPrecisionMomentumSGD")
+    """(optimizer, cell) on a world size: Adafactor everywhere, the elementwise ones where the layout is special.
+
+    `make torture` tries everything. fp16 needs a GPU.
+    """
+    special = ("fp32 z1", "fp32 z2 round-robin", "fp32 z3 tiny sub-groups", "bf16 z1 fp32 sums", "bf16 z0")
+
+    def wanted(optimizer: str, cell: str) -> bool:
+        if optimizer == "ModifiedAdafactor" or os.environ.get("VITDS_TORTURE"):
+            return True
+        return world == 2 if optimizer == "HalfPrecisionMomentumAdam" else world == 2 and cell in special
+
+    cells = [cell for cell in CELLS if not cell.startswith("fp16") or torch.cuda.is_available()]
+    every = [(optimizer, cell) for cell in cells for optimizer in OPTIMIZERS if wanted(optimizer, cell)]
+    return every + [
+        ("HalfPrecisionMomentumAdam", cell) for cell in special if ("HalfPrecisionMomentumAdam", cell) not in every
     ]
 
 

@@ -113,7 +113,7 @@ def test_a_rank_holds_its_share_of_the_state_and_no_more(launched):
     total = sum(torch.Size(shape).numel() for shape in recorded.SHAPES.values())
     padding = 64 * len(recorded.SHAPES)
     factors = second_moment(recorded.SHAPES, recorded.VIEWS)
-    for cell in ("fp32 z2", "bf16 z3"):
+    for cell in ("fp32 z1", "bf16 z1 fp32 sums"):
         adafactor, adam = (
             int(facts[f"{name}|{cell}"]["state"]) for name in ("ModifiedAdafactor", "HalfPrecisionMomentumAdam")
         )

