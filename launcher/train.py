@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from vitds import dist
-from vitds.checkpoint import prune, remove_leftovers
 from vitds.checkpoint.state import RunState
 from vitds.config import Lengths, RunFile, load_run_file
 from vitds.data import EvalLoader, TrainLoader, build_sources, to_model_range
-from vitds.errors import UserError
+from vitds.errors import Stopped, UserError
 from vitds.evaluation import evaluate
 from vitds.guard import Guard
 from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
@@ -48,11 +47,12 @@ def main() -> None:
         directory.release()
     except UserError as error:
         dist.leave_with_user_error(str(error))
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if not (known := isinstance(error, Stopped)):
+            traceback.print_exc()
         if directory is not None:
-            directory.fail()
-        dist.leave(1, orderly=False)
+            directory.fail(str(error) if known else "the run failed")
+        dist.leave(1, orderly=known)
     dist.leave(0)
 
 
@@ -78,8 +78,7 @@ def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, g
     # Where to start: own checkpoint, else init_from, else from scratch.
     processor = VitdsImageProcessor(config.image_size, part.data.eval_edge(config.image_size))
     state = RunState(engine, model, schedule, run.resolved, processor)
-    remove_leftovers(directory.checkpoints)
-    progress, origin = state.restore(directory.checkpoints, part.checkpoint.verify, part.init_from)
+    progress, origin = state.restore(directory.checkpoints, part.checkpoint, part.init_from)
     first = progress.step
     recorder = dist.together(lambda: Recorder(directory, run.monitors, total, run.global_batch, first, run.resolved))
     recorder.say(f"{describe(groups)}\n{engine.describe()}\n{origin}: step {first} of {total}")
@@ -100,7 +99,7 @@ def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, g
         done = progress.step + 1
         rate = engine.set_learning_rate(schedule(progress.step))
         due = every.diagnose > 0 and done % every.diagnose == 0
-        watching: AbstractContextManager[dict[str, Any]] = observed(engine) if due else nullcontext({})
+        watching: Any = observed(engine) if due else nullcontext({})
         with watching as norms:
             losses = []
             for micro in range(run.accumulation):
@@ -125,15 +124,18 @@ def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, g
         speed.count(run.global_batch)
         if done % every.log == 0 or done == total or due:
             row = {"train/loss": mean_loss, "train/lr": rate, "train/grad_norm": engine.gradient_norm}
-            row |= {"train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms)}
-            recorder.record(done, row)
+            recorder.record(
+                done, {**row, "train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms)}
+            )
+            for bad in loader.newly_bad():
+                directory.event("bad sample", **bad)
+                recorder.say(f"bad sample, replaced: {bad['key']}: {bad['reason']}")
         with speed.paused():
             if held_out is not None and (done == total or (every.evaluate and done % every.evaluate == 0)):
                 evaluation = evaluate(engine, held_out, config.loss)
                 recorder.record(done, evaluation)
             if done == total or (every.save and done % every.save == 0):
-                path = state.save(directory.checkpoints, progress, evaluation)
-                prune(directory.checkpoints, part.checkpoint.keep_last, part.checkpoint.keep_every_steps, path)
+                path = state.save(directory.checkpoints, progress, part.checkpoint, evaluation)
                 directory.event("save", step=done, path=str(path))
 
     recorder.say(f"this run is complete: {total} steps\n{closing_lines(directory, run.monitors)}")

@@ -333,9 +333,9 @@ def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path, capsys: pytest.
     for name in ("step-000000010", "step-000000020.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     run = RunDirectory(tmp_path)
-    run.fail()
+    run.fail("the run failed")
     assert not (tmp_path / "outcome.json").exists(), "not ours"
     with run:
-        run.fail()
+        run.fail("the run failed")
     assert json.loads((tmp_path / "outcome.json").read_text())["step"] == 10
     assert f"{tmp_path}/checkpoints/step-000000010;" in capsys.readouterr().err

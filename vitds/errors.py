@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(RuntimeError):
+    """The run cannot go on, for a reason that every rank knows: one message, exit code 1, and the state is on disk."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the allowed word closest to `word`, or an empty string when none is close."""
     by_lower = {candidate.lower(): candidate for candidate in allowed}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+from vitds.errors import Stopped
+
 
 class Place(Protocol):
     """Where a run is (vitds.checkpoint.state.Progress)."""
@@ -13,7 +15,7 @@ class Place(Protocol):
     position: int
 
 
-class NotFinite(RuntimeError):
+class NotFinite(Stopped):
     """A loss or gradient was inf or nan, and the run stops before the update."""
 
 

@@ -157,16 +157,16 @@ class RunDirectory:
                 self.path / "outcome.json", {"state": state, "exit_code": exit_code, "step": step, "time": time.time()}
             )
 
-    def fail(self) -> None:
-        """Say where a run that broke can go on from, and leave outcome.json saying that it failed."""
+    def fail(self, reason: str) -> None:
+        """Say why a run broke and where it can go on from, and leave outcome.json saying that it failed."""
         newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
         step = int(newest[5:]) if newest else 0
         where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
         if dist.is_main():
-            print(f"vitds: the run failed; {where}; the same command goes on from there", file=sys.stderr, flush=True)
+            print(f"vitds: {reason}; {where}; the same command goes on from there", file=sys.stderr, flush=True)
             if self._lease.held:  # otherwise what is here is another run's
                 self.outcome("failed", 1, step)
-                self.event("fail", last_checkpoint=step)
+                self.event("fail", reason=reason, last_checkpoint=step)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

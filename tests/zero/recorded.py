@@ -97,7 +97,7 @@ class Recorded(torch.nn.Module):
 
     def forward(self, step: int, micro: int) -> torch.Tensor:
         terms = [
-            (parameter.float() * gradient(name, step, micro, dist.rank(), dist.world_size())).sum()
+            (parameter.float() * gradient(name, step, micro, dist.rank(), dist.world_size()).to(parameter.device)).sum()
             for name, parameter in self.named_parameters()
         ]
         return torch.stack(terms).sum()

@@ -28,6 +28,11 @@ def launched(request, tmp_path_factory):
     pieces = [load_file(path) for path in sorted(directory.glob("rank*.safetensors"))]
     assert len(pieces) == world, done.stdout[-3000:]
     assert done.returncode == 0, done.stdout[-3000:]
+    return world, *assemble(pieces)
+
+
+def assemble(pieces: list[dict[str, torch.Tensor]]):
+    """({run: {parameter: final masters}}, {run: facts}) from what the ranks wrote."""
     runs: dict[str, dict[str, torch.Tensor]] = {}
     facts: dict[str, dict[str, str | float]] = {}
     for piece in pieces:
@@ -42,7 +47,7 @@ def launched(request, tmp_path_factory):
                 shape = recorded.SHAPES[name]
                 whole = runs.setdefault(run, {}).setdefault(name, torch.full(shape, float("nan")))
                 whole.view(-1)[int(start) : int(start) + value.numel()] = value
-    return world, runs, facts
+    return runs, facts
 
 
 @cache

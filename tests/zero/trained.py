@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from tests.zero.cells import ACCUMULATION, CELLS
 from vitds import dist
+from vitds.checkpoint import CheckpointSection
 from vitds.checkpoint.state import RunState
 from vitds.data import DataSection, SourceSection, TrainLoader, build_sources, to_model_range
 from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
@@ -91,7 +92,7 @@ class Trainer:
         }
         self.state = RunState(self.engine, self.model, self.schedule, resolved, VitdsImageProcessor(8, 8))
         self.directory = directory
-        self.progress, _ = self.state.restore(directory, "full", None)
+        self.progress, _ = self.state.restore(directory, CheckpointSection(), None)
         source, _ = build_sources(DATA, 10)
         self.loader = TrainLoader(
             source, DATA, image_size=8, num_classes=10, seed=0, global_batch=BATCH, micro_batch=micro, rank=dist.rank(),
@@ -106,7 +107,8 @@ class Trainer:
             micro_losses = []
             for _ in range(ACCUMULATION):
                 batch = next(self.loader)
-                loss = self.engine(to_model_range(batch.images, self.engine.device), labels=batch.labels).loss
+                images, labels = to_model_range(batch.images, self.engine.device), batch.labels.to(self.engine.device)
+                loss = self.engine(images, labels=labels).loss
                 self.engine.backward(loss)
                 micro_losses.append(loss.detach())
                 updated = self.engine.step()
@@ -120,7 +122,7 @@ class Trainer:
     def held(self) -> dict[str, torch.Tensor]:
         """Copies of this rank's masters and optimizer state."""
         shards = [*self.engine.master_shards(), *self.engine.state_shards()]
-        return {f"{shard.name}|{shard.start}": shard.data.detach().clone() for shard in shards}
+        return {f"{shard.name}|{shard.start}": shard.data.detach().cpu().clone() for shard in shards}
 
 
 def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -133,7 +135,7 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
             f"{name}: step-0 master {shard.name} is not the fp32 initial value"
         )
     losses = unbroken.train(STEPS // 2)
-    unbroken.state.save(checkpoints, unbroken.progress)
+    unbroken.state.save(checkpoints, unbroken.progress, CheckpointSection())
     losses += unbroken.train(STEPS - 1)
     before = unbroken.held()
     with observed(unbroken.engine) as norms:

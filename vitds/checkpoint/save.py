@@ -33,6 +33,7 @@ from vitds.checkpoint.format import (
 )
 from vitds.checkpoint.gather import Gathered, agree_on_tensors, stream
 from vitds.checkpoint.tensorfile import TensorFileWriter, file_order
+from vitds.errors import Stopped
 from vitds.layout import Shard
 
 WRITER = 0
@@ -65,7 +66,7 @@ def save_checkpoint(
         optimizer_file_bytes: largest optimizer file.
 
     Raises:
-        RuntimeError: on all ranks alike, with the first reason: the disk is full or read-only, training_state is not
+        Stopped: on all ranks alike, with the first reason: the disk is full or read-only, training_state is not
             JSON, an element that no rank or two ranks hold. Nothing is left behind, earlier checkpoints stay.
     """
     model, optimizer = agree_on_tensors(weights, WRITER), agree_on_tensors(state, WRITER)
@@ -113,7 +114,7 @@ def save_checkpoint(
     except Exception as error:
         if dist.rank() == WRITER:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise RuntimeError(f"checkpoint {final} could not be written: {error}; earlier ones are untouched") from error
+        raise Stopped(f"checkpoint {final} could not be written: {error}; earlier ones are untouched") from error
     return final
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vitds import dist
 from vitds.checkpoint.load import Checkpoint, WeightsFile, newest_checkpoint, open_checkpoint
+from vitds.checkpoint.retention import CheckpointSection, prune, remove_leftovers
 from vitds.checkpoint.save import save_checkpoint
 from vitds.errors import UserError
 from vitds.layout import Shard
@@ -64,8 +65,14 @@ class RunState:
     resolved: dict[str, Any]
     processor: VitdsImageProcessor
 
-    def save(self, directory: Path, progress: Progress, evaluation: dict[str, float] | None = None) -> Path:
-        """Write `directory`/step-…; collective. RuntimeError on all ranks alike where it cannot be written."""
+    def save(
+        self,
+        directory: Path,
+        progress: Progress,
+        section: CheckpointSection,
+        evaluation: dict[str, float] | None = None,
+    ) -> Path:
+        """Write `directory`/step-… and drop what need not be kept. Collective; Stopped where it cannot be written."""
         state = {
             **asdict(progress),
             "seed": self.resolved["vitds"]["train"]["seed"],
@@ -86,16 +93,17 @@ class RunState:
             "preprocessor_config.json": self.processor.to_json_string(),
             "README.md": model_card(self.model.config),
         }
-        return save_checkpoint(
-            directory, progress.step, self.engine.master_shards(), self.engine.state_shards(), state, extra
-        )
+        masters, optimizer = self.engine.master_shards(), self.engine.state_shards()
+        path = save_checkpoint(directory, progress.step, masters, optimizer, state, extra)
+        prune(directory, section.keep_last, section.keep_every_steps, newest=path)
+        return path
 
-    def restore(self, directory: Path, verify: str, init_from: Any | None) -> tuple[Progress, str]:
+    def restore(self, directory: Path, section: CheckpointSection, init_from: Any | None) -> tuple[Progress, str]:
         """Fill masters and optimizer state: own checkpoint, else `init_from`, else the initialisers. Collective.
 
         Args:
             directory: the run's `checkpoints/`.
-            verify: full or size.
+            section: how thoroughly to verify.
             init_from: section with `path` and `what`, or None.
 
         Returns:
@@ -104,11 +112,12 @@ class RunState:
         Raises:
             UserError: checkpoints that exist and cannot be used; past steps with other learning rates.
         """
-        own = newest_checkpoint(directory, verify)
+        remove_leftovers(directory)
+        own = newest_checkpoint(directory, section.verify)
         if own is not None:
             return self._resume(own), f"resumed from {own.path}"
         if init_from is not None and init_from.what == "all":
-            return self._resume(open_checkpoint(Path(init_from.path), verify)), f"forked from {init_from.path}"
+            return self._resume(open_checkpoint(Path(init_from.path), section.verify)), f"forked from {init_from.path}"
         if init_from is not None:
             changed = self._transfer(WeightsFile(Path(init_from.path)))
             self.engine.refresh_weights()

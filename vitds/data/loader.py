@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -58,6 +59,7 @@ class TrainLoader:
         self._feed = _Feed(self._batches, itertools.count(), section)
         self._delivered = 0
         self._bad = _BadSamples("train", section.max_bad_samples)
+        self._told = 0
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, since the loader was made."""
 
@@ -65,6 +67,12 @@ class TrainLoader:
     def bad_samples(self) -> list[BadSample]:
         """The undecodable images met so far, each once; they were replaced by the next image that can be decoded."""
         return self._bad.found
+
+    def newly_bad(self) -> list[dict[str, Any]]:
+        """The undecodable images that any rank has met since the last call: key, reason, position. Collective."""
+        mine = [dataclasses.asdict(bad) for bad in self._bad.found[self._told :]]
+        self._told = len(self._bad.found)
+        return [bad for found in dist.all_objects(mine) for bad in found]
 
     @property
     def position(self) -> int:

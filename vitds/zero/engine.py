@@ -39,6 +39,8 @@ def init_distributed(timeout_minutes: float = 30) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its warnings are about consent and deprecations; what a user must know is said by vitds.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if dist.device().type == "cuda":
+        torch.cuda.set_device(dist.device())  # collectives of objects before the engine exists use the current device
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
