@@ -96,6 +96,14 @@ class PatchEmbed(nn.Module):
         return self.proj(images)
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q kᵀ/√d) v per head, (B, H, N, d), by torch's fused kernels."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # On CPUs torch 2.13's fused backward takes 15 times as long in bf16 as in fp32 (docs/LOG.md, 2026-11-20).
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q kᵀ/√d) v per head, then a projection; biases everywhere."""
 
@@ -109,7 +117,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         split = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1)
         q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, N, d)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -171,7 +179,7 @@ class AttentionPool(Initialised):
         q = self.q(self.latent).view(1, 1, self.num_heads, -1).transpose(1, 2)  # (1, H, 1, d)
         split = self.kv(tokens).view(batch, count, 2, self.num_heads, -1)
         k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # 2 × (B, H, N, d)
-        x = F.scaled_dot_product_attention(q.expand(batch, -1, -1, -1), k, v)  # (B, H, 1, d)
+        x = attend(q.expand(batch, -1, -1, -1), k, v)  # (B, H, 1, d)
         x = self.proj(x.reshape(batch, width))
         return x + self.mlp(self.norm(x))  # (B, D)
 
