@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(READY)
-	PATH=$(CURDIR)/$(BIN):$$PATH deepspeed $(RANKS) launcher/train.py --config $(CONFIG) --output-dir $(RUN)
+	$(BIN)/deepspeed $(RANKS) launcher/train.py --config $(CONFIG) --output-dir $(RUN)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
