@@ -33,7 +33,7 @@ train: $(READY)
 	$(BIN)/deepspeed $(RANKS) launcher/train.py --config $(CONFIG) --output-dir $(RUN)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 torture: $(READY)
 	VITDS_TORTURE=1 $(BIN)/python -m pytest tests/zero $(ARGS)

@@ -149,3 +149,21 @@ def test_accumulation_follows_from_the_world_size():
     assert batches(4096, None, 8) == (512, 1)
     with pytest.raises(UserError, match="4095 or 4098"):
         batches(4096, 64, 3)
+
+
+def test_a_plugin_s_optimizer_is_chosen_by_name(tmp_path, monkeypatch):
+    from vitds.optim import OPTIMIZERS
+
+    (tmp_path / "my_plugin.py").write_text(
+        "from vitds.optim import OPTIMIZERS, HalfPrecisionMomentumSGD\n"
+        "class Mine(HalfPrecisionMomentumSGD): pass\n"
+        "OPTIMIZERS['Mine'] = Mine\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sets = ['vitds.plugins=["my_plugin"]', "optimizer.type=Mine", 'optimizer.params={"lr":0.1}']
+    try:
+        assert load(tmp_path, sets=sets).optimizer["type"] == "Mine"
+        with pytest.raises(UserError, match="did you mean 'Mine'"):
+            load(tmp_path, sets=[*sets, "optimizer.type=Mina"])
+    finally:
+        OPTIMIZERS.pop("Mine", None)

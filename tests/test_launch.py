@@ -181,3 +181,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     assert "the last checkpoint is" in line
     assert done.returncode == 1
     assert outcome(run)["state"] == "failed"
+
+
+def test_a_cooldown_is_forked_from_a_trunk_and_only_from_before_it(unbroken, tmp_path):
+    """init_from.what = all with another total: step 8 is before both cooldowns, step 12 is past the first."""
+    longer = [s for s in SMALL if "total_steps" not in s] + ["vitds.train.total_steps=16"]
+    run, trunk = tmp_path / "run", unbroken / "checkpoints"
+    source = [f"vitds.init_from.path={trunk / 'step-000000008'}", "vitds.init_from.what=all"]
+    done = train(2, DIGITS, run, *longer, *source)
+    assert outcome(run)["state"] == "finished", done.stdout[-3000:]
+    assert "forked from" in done.stdout
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(9, 17))
+    assert rows[0]["train/images_seen"] == 9 * 24
+    assert rows[0]["train/loss"] == read_metrics(unbroken)[8]["train/loss"], "the stream goes on where the trunk was"
+
+    source[0] = f"vitds.init_from.path={trunk / 'step-000000012'}"
+    refused = train(2, DIGITS, tmp_path / "other", *longer, *source)
+    assert refused.returncode == 2
+    assert "step 9 would have had the rate factor" in refused.stdout, refused.stdout[-1500:]
+
+
+def test_weights_go_into_a_model_of_another_size_with_other_classes(unbroken, tmp_path):
+    weights = unbroken / "checkpoints" / "step-000000012"
+    sets = [
+        f"vitds.init_from.path={weights}", "vitds.model.image_size=12", "vitds.model.num_classes=11", "vitds.train.total_steps=3",
+        'vitds.data.train.transforms=["resize"]', 'vitds.data.eval.transforms=["resize"]', "scheduler.params={}",
+    ]  # fmt: skip
+    done = train(2, DIGITS, tmp_path / "run", *[s for s in SMALL if "total_steps" not in s], *sets)
+    assert outcome(tmp_path / "run")["state"] == "finished", done.stdout[-3000:]
+    assert "classifier starts afresh; position embedding resampled from 16 to 36 patches" in done.stdout

@@ -68,7 +68,7 @@ def test_stages_and_ranks_agree(worlds, optimizer):
     table, bad = [], []
     for world, (facts, parameters) in worlds.items():
         for run, fact in facts[0].items():
-            if not run.startswith("fp32") or fact["optimizer"] != base_facts["optimizer"]:
+            if not run.startswith("fp32") or fact["optimizer"] != base_facts["optimizer"] or fact["frozen"]:
                 continue
             loss = max(abs(a - b) for a, b in zip(fact["losses"], base_facts["losses"], strict=True))
             typical, largest = apart(parameters[run], base)
@@ -81,6 +81,25 @@ def test_stages_and_ranks_agree(worlds, optimizer):
     print("\n".join(table))
     assert len(table) >= 5
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.launch
+def test_losses_are_those_of_the_day_they_were_recorded(worlds):
+    """Against silent drift of model, initial values, stream, schedule or optimizer. To change it on purpose, say so in
+    docs/LOG.md and take the new numbers from this message."""
+    golden = json.loads(Path(__file__).with_name("golden.json").read_text())
+    found = {name: worlds[1][0][0][name]["losses"] for name in golden}
+    for name, losses in golden.items():
+        assert found[name] == pytest.approx(losses, abs=2e-5), json.dumps(found)
+
+
+@pytest.mark.launch
+def test_frozen_parameters_agree_across_stages(worlds):
+    facts = worlds[2][0][0]
+    for run in ("fp32 z3 frozen", "bf16 z2 frozen", "bf16 z3 frozen"):
+        off = max(abs(a - b) for a, b in zip(facts[run]["losses"], facts["fp32 z0 frozen"]["losses"], strict=True))
+        assert off < (1e-5 if run.startswith("fp32") else 0.02), run
+        assert not any(name.startswith("blocks.0.") for name in facts[run]["observed_weight"])
 
 
 @pytest.mark.launch

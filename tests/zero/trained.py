@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,46 +45,65 @@ DATA = DataSection(train=SourceSection("digits", transforms=[{"random_shift": {"
 ADAFACTOR = {"type": "ModifiedAdafactor", "params": {"lr": 5e-3, "weight_decay": 0.03, "head_weight_decay": 3.0}}
 ADAM = {"type": "HalfPrecisionMomentumAdam", "params": {"lr": 3e-3, "weight_decay": 0.03}}
 
-# name -> (cell, optimizer, activation checkpointing, world sizes)
-Run = tuple[str, dict[str, Any], str, tuple[int, ...]]
 STAGES = ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3")
 ELSEWHERE = ("fp32 z1", "fp32 z2", "fp32 z3", "bf16 z2")
 TORCH_ADAM = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
-POLICIES = (("z2", "full"), ("z2", "every:2"), ("z2", "selective"), ("z3", "full"), ("z3", "selective"))
+FROZEN = [[r"blocks\.0\..*|pos_embed", {"frozen": True}], [r"norm\..*", {"lr_mult": 0.5}]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and on which world sizes `make test` tries it."""
+
+    cell: str
+    optimizer: dict[str, Any]
+    worlds: tuple[int, ...] = (2,)
+    policy: str = "none"
+    compiled: bool = False
+    overrides: Sequence[Any] = ()
+
+
 RUNS: dict[str, Run] = {
-    "fp32 z0 adafactor": ("fp32 z0", ADAFACTOR, "none", (1, 2)),
-    "fp32 z0 adam": ("fp32 z0", ADAM, "none", (1, 2)),
-    **{f"{cell} adafactor": (cell, ADAFACTOR, "none", (1, 2, 3)) for cell in ELSEWHERE},
+    "fp32 z0 adafactor": Run("fp32 z0", ADAFACTOR, (1, 2)),
+    "fp32 z0 adam": Run("fp32 z0", ADAM, (1, 2)),
+    **{f"{cell} adafactor": Run(cell, ADAFACTOR, (1, 2, 3)) for cell in ELSEWHERE},
+    **{f"{c} adafactor": Run(c, ADAFACTOR) for c in CELLS if c.split()[0] != "fp32" and c != "bf16 z2"},
+    **{f"{cell} adam": Run(cell, ADAM) for cell in STAGES[1:]},
+    **{f"fp32 z2 {policy}": Run("fp32 z2", ADAFACTOR, policy=policy) for policy in ("full", "every:2", "selective")},
+    **{f"fp32 z3 {policy}": Run("fp32 z3", ADAFACTOR, policy=policy) for policy in ("full", "selective")},
+    "fp32 z0 compiled": Run("fp32 z0", ADAFACTOR, compiled=True),
+    "fp32 z2 compiled full": Run("fp32 z2", ADAFACTOR, policy="full", compiled=True),
+    "fp32 z3 compiled selective": Run("fp32 z3", ADAFACTOR, policy="selective", compiled=True),
     **{
-        f"{cell} adafactor": (cell, ADAFACTOR, "none", (2,))
-        for cell in CELLS
-        if cell.split()[0] != "fp32" and cell != "bf16 z2"
+        f"{cell} frozen": Run(cell, ADAFACTOR, overrides=FROZEN)
+        for cell in ("fp32 z0", "bf16 z2", "fp32 z3", "bf16 z3")
     },
-    **{f"{cell} adam": (cell, ADAM, "none", (2,)) for cell in STAGES[1:]},
-    **{f"fp32 {stage} {policy}": (f"fp32 {stage}", ADAFACTOR, policy, (2,)) for stage, policy in POLICIES},
-    "fp32 z2 torch RMSprop": ("fp32 z2", {"type": "RMSprop", "params": {"lr": 1e-4}}, "none", (2,)),
-    "bf16 z0 DeepSpeed Adam": ("bf16 z0", TORCH_ADAM, "none", (2,)),
-    "bf16 z3 DeepSpeed Adam": ("bf16 z3", TORCH_ADAM, "none", (2,)),
+    "fp32 z2 torch RMSprop": Run("fp32 z2", {"type": "RMSprop", "params": {"lr": 1e-4}}),
+    "bf16 z0 DeepSpeed Adam": Run("bf16 z0", TORCH_ADAM),
+    "bf16 z3 DeepSpeed Adam": Run("bf16 z3", TORCH_ADAM),
 }
 
 
 class Trainer:
     """One engine with its state and stream."""
 
-    def __init__(self, cell: str, optimizer: dict[str, Any], policy: str, directory: Path) -> None:
+    def __init__(self, run: Run, directory: Path) -> None:
+        cell, optimizer = run.cell, run.optimizer
         config = build_config(MODEL)
         with torch.device("meta"):
             self.model = ViTForImageClassification(config)
-        self.model.set_activation_checkpointing(policy)
+        self.model.set_activation_checkpointing(run.policy)
         params = optimizer["params"]
         groups = build_groups(
             self.model.shapes, lr=params["lr"], weight_decay=params.get("weight_decay", 0.0),
-            head_weight_decay=params.get("head_weight_decay"), decay_patterns=self.model.decay_patterns(),
+            head_weight_decay=params.get("head_weight_decay"), decay_patterns=self.model.decay_patterns(), overrides=run.overrides,
         )  # fmt: skip
         world = dist.world_size()
         micro = BATCH // world // ACCUMULATION
         section = {**CELLS[cell], "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro}
         self.engine = TrainingEngine(self.model, groups, optimizer, section, ACCUMULATION)
+        if run.compiled:
+            self.model.compile_blocks(backend="aot_eager")  # what inductor does to the code is not ours to test
         schedule = {"type": "rsqrt", "params": {"warmup_steps": 3, "timescale_steps": 5, "cooldown_steps": 4}}
         self.schedule = build_schedule(schedule, total_steps=STEPS, global_batch=BATCH)
         resolved = {
@@ -126,9 +147,9 @@ class Trainer:
 
 
 def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    cell, optimizer, policy, _ = RUNS[name]
+    this = RUNS[name]
     checkpoints = scratch / "checkpoints"
-    unbroken = Trainer(cell, optimizer, policy, checkpoints)
+    unbroken = Trainer(this, checkpoints)
     for shard in unbroken.engine.master_shards():
         initial = unbroken.model.initial_tensor(shard.name, 0).view(-1)[shard.start : shard.start + shard.data.numel()]
         assert torch.equal(shard.data.detach(), initial), (
@@ -137,12 +158,19 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     losses = unbroken.train(STEPS // 2)
     unbroken.state.save(checkpoints, unbroken.progress, CheckpointSection())
     losses += unbroken.train(STEPS - 1)
+    for shard in unbroken.engine.master_shards():
+        if this.overrides and shard.name.startswith(("blocks.0.", "pos_embed")):
+            initial = unbroken.model.initial_tensor(shard.name, 0).view(-1)[
+                shard.start : shard.start + shard.data.numel()
+            ]
+            assert torch.equal(shard.data, initial), f"{name}: frozen {shard.name} moved"
     before = unbroken.held()
     with observed(unbroken.engine) as norms:
         losses += unbroken.train(STEPS)
     final = unbroken.held()
     facts: dict[str, Any] = {
-        "optimizer": optimizer["type"],
+        "optimizer": this.optimizer["type"],
+        "frozen": bool(this.overrides),
         "losses": losses,
         "grad_norm": unbroken.engine.gradient_norm,
         "wrapper": unbroken.engine.wrapper_name,
@@ -154,7 +182,7 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     facts["own_update"] = {k: float(v.double().square().sum()) for k, v in moved.items()}
     unbroken.engine.close()
 
-    second = Trainer(cell, optimizer, policy, checkpoints)
+    second = Trainer(this, checkpoints)
     assert second.progress.step == STEPS // 2
     facts["resumed_losses"] = second.train(STEPS)
     again = second.held()
@@ -166,9 +194,9 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
 def main(directory: Path) -> None:
     init_distributed()
     facts, tensors = {}, {}
-    for name, (cell, _, _, world_sizes) in RUNS.items():
-        elsewhere = dist.world_size() not in world_sizes and not os.environ.get("VITDS_TORTURE")
-        if elsewhere or (cell.startswith("fp16") and not torch.cuda.is_available()):
+    for name, this in RUNS.items():
+        elsewhere = dist.world_size() not in this.worlds and not os.environ.get("VITDS_TORTURE")
+        if elsewhere or (this.cell.startswith("fp16") and not torch.cuda.is_available()):
             continue
         scratch = Path(dist.broadcast_object(tempfile.mkdtemp(dir=directory) if dist.is_main() else None))
         facts[name], held = run(name, scratch)

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 
 from vitds import dist
+from vitds.errors import UserError
 from vitds.layout import Shard
 from vitds.optim import OPTIMIZERS, LayoutOptimizer, constructor_params
 from vitds.optim.elementwise import assert_elementwise
@@ -64,6 +65,7 @@ class TrainingEngine:
         section: dict[str, Any],
         gradient_accumulation_steps: int,
     ) -> None:
+        _check_precision(section)
         self.groups = {group.name: group for group in groups}
         materialize(model, precision(section))
         parameters = dict(model.named_parameters())
@@ -222,6 +224,16 @@ def precision(section: dict[str, Any]) -> torch.dtype:
 def zero_stage(section: dict[str, Any]) -> int:
     """The ZeRO stage of DeepSpeed's half of the run file."""
     return int(section.get("zero_optimization", {}).get("stage", 0))
+
+
+def _check_precision(section: dict[str, Any]) -> None:
+    """Refuse 16-bit arithmetic that this device does not have, before DeepSpeed raises from within."""
+    here = deepspeed.accelerator.get_accelerator()
+    dtype = precision(section)
+    supported = {torch.float16: here.is_fp16_supported, torch.bfloat16: here.is_bf16_supported}.get(dtype, lambda: True)
+    if not supported():
+        word, other = ("fp16", "bf16") if dtype == torch.float16 else ("bf16", "fp16")
+        raise UserError(f"{word}.enabled: {here.device_name()} does not compute in {word}; use {other}, or fp32")
 
 
 def materialize(model: torch.nn.Module, dtype: torch.dtype) -> None:
