@@ -7,7 +7,6 @@ The same command again goes on from the newest checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import traceback
 from contextlib import nullcontext
 from typing import Any
@@ -16,36 +15,35 @@ import torch
 
 from vitds import dist
 from vitds.checkpoint.state import RunState
-from vitds.config import Lengths, RunFile, load_run_file
-from vitds.data import EvalLoader, TrainLoader, build_sources, to_model_range
+from vitds.cli import training_arguments
+from vitds.config import Plan, RunFile, load_run_file, prepare
+from vitds.data import EvalLoader, TrainLoader, to_model_range
 from vitds.errors import Stopped, UserError
 from vitds.evaluation import evaluate
 from vitds.guard import Guard
 from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
-from vitds.models import VitdsImageProcessor, ViTForImageClassification, build_config, flops_per_image
-from vitds.optim.groups import build_groups, describe
+from vitds.models import VitdsImageProcessor, flops_per_image
+from vitds.optim.groups import describe
 from vitds.run_directory import RunDirectory
 from vitds.zero.engine import TrainingEngine, init_distributed, precision
 from vitds.zero.observe import observed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="run file: DeepSpeed's keys and a section vitds")
-    parser.add_argument("--output-dir", required=True, help="directory of this run: checkpoints, metrics, events")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in vitds.train.seed=1")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    options, directory = parser.parse_args(), None
+    directory = None
     try:
+        options = training_arguments(__doc__)
         run = load_run_file(options.config, options.set, world_size=dist.world_size())
         plan = prepare(run)  # whatever the user got wrong shows here, before any process group
         init_distributed()
         directory = dist.together(lambda: RunDirectory(options.output_dir))
         dist.together(directory.acquire)
-        dist.together(lambda: directory.write_config(run.resolved))
-        train(run, directory, *plan)
+        dist.together(lambda: directory.refuse_other_run(run.resolved))
+        train(run, directory, plan)
         directory.release()
     except UserError as error:
+        if directory is not None:
+            directory.record_failure(2)
         dist.leave_with_user_error(str(error))
     except Exception as error:
         if not (known := isinstance(error, Stopped)):
@@ -56,22 +54,12 @@ def main() -> None:
     dist.leave(0)
 
 
-def prepare(run: RunFile) -> tuple[Any, ...]:
-    """Sources, lengths, parameter groups, and a model that has no values yet."""
-    part = run.vitds
-    sources = build_sources(part.data, part.model.num_classes)
-    with torch.device("meta"):
-        model = ViTForImageClassification(build_config(part.model))
-    model.set_activation_checkpointing(part.train.activation_checkpointing)
-    groups = build_groups(model.shapes, **run.rates, decay_patterns=model.decay_patterns(), overrides=part.groups)
-    return sources, run.lengths(len(sources[0])), groups, model
-
-
-def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, groups: Any, model: Any) -> None:
+def train(run: RunFile, directory: RunDirectory, plan: Plan) -> None:
     """Engine, state, and all steps from where the run is to its end."""
-    part, config, total, schedule = run.vitds, model.config, every.total, every.schedule
+    part, model, every, (train_source, eval_source) = run.vitds, plan.model, plan.lengths, plan.sources
+    config, total, schedule = model.config, every.total, every.schedule
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = part.train.tf32
-    engine = TrainingEngine(model, groups, run.optimizer, run.deepspeed, run.accumulation)
+    engine = TrainingEngine(model, plan.groups, run.optimizer, run.deepspeed, run.accumulation)
     if part.train.compile:
         model.compile_blocks()
 
@@ -80,19 +68,21 @@ def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, g
     state = RunState(engine, model, schedule, run.resolved, processor)
     progress, origin = state.restore(directory.checkpoints, part.checkpoint, part.init_from)
     first = progress.step
+    dist.together(lambda: directory.write_config(run.resolved))
     recorder = dist.together(lambda: Recorder(directory, run.monitors, total, run.global_batch, first, run.resolved))
-    recorder.say(f"{describe(groups)}\n{engine.describe()}\n{origin}: step {first} of {total}")
+    recorder.say(f"{describe(plan.groups)}\n{engine.describe()}\n{origin}: step {first} of {total}")
     directory.event("start", step=first, origin=origin, world_size=dist.world_size())
     directory.outcome("running", None, first)
 
     shared: dict[str, Any] = {"image_size": config.image_size, "num_classes": config.num_classes}
     shared |= {"rank": dist.rank(), "world_size": dist.world_size()}
     stream = {"seed": part.train.seed, "position": progress.position, "global_batch": run.global_batch}
-    loader = TrainLoader(sources[0], part.data, micro_batch=run.micro_batch, **stream, **shared)
-    held_out = EvalLoader(sources[1], part.data, batch=run.micro_batch, **shared) if sources[1] else None
+    loader = TrainLoader(train_source, part.data, micro_batch=run.micro_batch, **stream, **shared)
+    held_out = EvalLoader(eval_source, part.data, batch=run.micro_batch, **shared) if eval_source else None
     dtype, evaluation = precision(run.deepspeed), {}
     guard = Guard(part.guard.nonfinite, part.guard.max_skips, scaled=dtype == torch.float16)
     speed = Speedometer(flops_per_image(config), dist.world_size(), dtype, engine.device, part.train)
+    recorder.say(speed.describe())
 
     while progress.step < total:
         dist.leave_if_alone()
@@ -107,8 +97,8 @@ def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, g
                     batch = next(loader)
                 if done == first + 1 and micro == 0:
                     recorder.first_batch(batch.images)
-                images, labels = to_model_range(batch.images, engine.device), batch.labels.to(engine.device)
-                loss = engine(images, labels=labels).loss
+                images = to_model_range(batch.images, engine.device)
+                loss = engine(images, labels=batch.labels.to(engine.device, non_blocking=True)).loss
                 engine.backward(loss)
                 losses.append(loss.detach())
                 if micro + 1 == run.accumulation:  # the one host sync of a step, before anything is changed
@@ -122,19 +112,20 @@ def train(run: RunFile, directory: RunDirectory, sources: Any, every: Lengths, g
             continue
 
         speed.count(run.global_batch)
+        if done == first + 1:
+            speed.restart()  # the first step compiles
         if done % every.log == 0 or done == total or due:
             row = {"train/loss": mean_loss, "train/lr": rate, "train/grad_norm": engine.gradient_norm}
-            recorder.record(
-                done, {**row, "train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms)}
-            )
-            for bad in loader.newly_bad():
-                directory.event("bad sample", **bad)
-                recorder.say(f"bad sample, replaced: {bad['key']}: {bad['reason']}")
+            row |= {"train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms)}
+            recorder.record(done, row)
+            directory.bad_samples(loader.newly_bad())
         with speed.paused():
             if held_out is not None and (done == total or (every.evaluate and done % every.evaluate == 0)):
                 evaluation = evaluate(engine, held_out, config.loss)
                 recorder.record(done, evaluation)
+                directory.bad_samples(held_out.newly_bad())
             if done == total or (every.save and done % every.save == 0):
+                directory.check_owner()
                 path = state.save(directory.checkpoints, progress, part.checkpoint, evaluation)
                 directory.event("save", step=done, path=str(path))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitds.config import batches, load_run_file
+from vitds.config import batches, load_run_file, prepare
 from vitds.errors import UserError
 
 DIGITS = Path(__file__).resolve().parent.parent / "ds_configs" / "digits.json"
@@ -69,6 +69,12 @@ BAD = [
     ("elasticity", {"enabled": True}, "lastic"),
     ("fp16", {"enabled": True}, "fp16"),
     ("gradient_clipping", "big", "number"),
+    ("bf16.enabled", "False", "true or false"),
+    ("bf16.check_grad_overflow", False, "cannot be switched off"),
+    ("zero_optimization.cpu_offload", True, "cpu_offload"),
+    ("compile", {"deepcompile": True}, "vitds.train.compile"),
+    ("vitds.train.seed", -1, "at least 0"),
+    ("vitds.guard", {"max_skips": -4}, "at least 0"),
 ]
 
 
@@ -137,6 +143,33 @@ def test_a_bare_deepspeed_file_trains_the_paper_s_model(tmp_path):
     assert run.deepspeed["zero_optimization"]["stage"] == 2
     assert run.deepspeed["gradient_clipping"] == 1.0
     assert run.deepspeed["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+BAD_PLANS = [
+    ("vitds.train.activation_checkpointing", "fulll", "full"),
+    ("vitds.groups", [["no_such.*", {"frozen": True}]], "matches no parameter"),
+    ("vitds.train.total_steps", 0, "at least 1"),
+    ("vitds.init_from", {"path": "/no/such/place"}, "/no/such/place"),
+    ("scheduler.params.warmup_steps", 5000, "do not fit"),
+    ("optimizer", {"type": "Rprop", "params": {"lr": 0.1, "etas": [0.5, 0.2]}}, "Rprop"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "hint"), BAD_PLANS, ids=lambda v: str(v)[:40])
+def test_what_only_the_plan_can_tell_is_refused_before_a_process_group(tmp_path, place, value, hint):
+    with pytest.raises(UserError) as caught:
+        prepare(load(tmp_path, put(place, value)))
+    assert hint in str(caught.value)
+
+
+def test_a_missing_stage_is_stage_2(tmp_path):
+    run = load(tmp_path, put("zero_optimization", {"overlap_comm": False}))
+    assert run.resolved["zero_optimization"]["stage"] == 2
+
+
+def test_deepspeed_s_names_in_any_case(tmp_path):
+    run = load(tmp_path, put("optimizer", {"type": "adamw", "params": {"lr": 1e-3, "torch_adam": True}}))
+    assert run.optimizer["type"] == "AdamW"
 
 
 def test_stage_0_in_16_bits_proposes_stage_2(tmp_path):

@@ -153,21 +153,19 @@ def kill_family(pid: int) -> None:
         (["gradient_cliping=1"], "did you mean 'gradient_clipping'"),
         (["vitds.model.width=32"], "holds another run"),
         (["train_batch_size=25"], "24 or 26 would"),
+        (["vitds.train.total_steps=11"], "is 12 steps on"),
     ],
-    ids=["typo", "another run", "batch"],
+    ids=["typo", "another run", "batch", "total behind the checkpoint"],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(unbroken, sets, hint):
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in unbroken.rglob("*")
-        if path.is_file() and path.suffix == ".safetensors"
-    }
+    before = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
     done = train(2, DIGITS, unbroken, *SMALL, *sets)
     assert done.stdout.count("vitds: ") == 1, done.stdout
     assert hint in done.stdout
     assert "Traceback" not in done.stdout
     assert done.returncode == 2
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    after = {path: path.read_bytes() for path in unbroken.rglob("*") if path.is_file()}
+    assert after == before, "a refused start changed the run's directory"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
@@ -181,6 +179,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     assert "the last checkpoint is" in line
     assert done.returncode == 1
     assert outcome(run)["state"] == "failed"
+
+
+def test_skipping_gives_up_after_so_many_batches_in_a_row(tmp_path):
+    """In fp32 without ZeRO, where DeepSpeed itself would have stepped with these gradients."""
+    run = tmp_path / "run"
+    sets = ["zero_optimization.stage=0", "bf16.enabled=false", "vitds.guard.nonfinite=skip", "vitds.guard.max_skips=2"]
+    done = train(2, DIGITS, run, *SMALL, *sets, "optimizer.params.lr=1e30", "scheduler.params={}")
+    assert done.returncode == 1
+    assert "3 time(s) in a row" in done.stdout, done.stdout[-2000:]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    skips = [event["positions"] for event in events if event["kind"] == "skip"]
+    assert len(skips) == 2
+    assert skips[1][0] == skips[0][1]
 
 
 def test_a_cooldown_is_forked_from_a_trunk_and_only_from_before_it(unbroken, tmp_path):

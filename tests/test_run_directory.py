@@ -330,12 +330,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("step-000000010", "step-000000020.tmp"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
     run = RunDirectory(tmp_path)
-    run.fail("the run failed")
-    assert not (tmp_path / "outcome.json").exists(), "not ours"
     with run:
+        run.fail("the run failed")
+        assert not (tmp_path / "outcome.json").exists(), "before write_config it may be another run's"
+        run.write_config({})
+        for name in ("step-000000010", "step-000000020.tmp"):
+            (tmp_path / "checkpoints" / name).mkdir(parents=True)
         run.fail("the run failed")
     assert json.loads((tmp_path / "outcome.json").read_text())["step"] == 10
     assert f"{tmp_path}/checkpoints/step-000000010;" in capsys.readouterr().err

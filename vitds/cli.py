@@ -7,13 +7,36 @@ import dataclasses
 import json
 import sys
 import typing
-from typing import Any
+from typing import Any, NoReturn
 
-from vitds.config import VitdsSection, load_run_file
+from vitds.config import VitdsSection, load_run_file, prepare
 from vitds.errors import UserError
 from vitds.metrics import MonitorSections
 from vitds.schedules import SCHEDULES
 from vitds.sections import json_names, to_json
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Mistakes on the command line are the user's like any other: one message from one rank, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+def training_arguments(description: str | None) -> argparse.Namespace:
+    """The command line of launcher/train.py.
+
+    Raises:
+        UserError: an unknown or missing argument.
+    """
+    parser = _Arguments(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="run file: DeepSpeed's keys and a section vitds")
+    parser.add_argument("--output-dir", required=True, help="directory of this run: checkpoints, metrics, events")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in vitds.train.seed=1")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser.parse_args()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         run = load_run_file(options.config, options.set, world_size=options.gpus)
+        prepare(run)
     except UserError as error:
         print(f"vitds: {error}", file=sys.stderr)
         return 2

@@ -9,18 +9,21 @@ import copy
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from vitds.checkpoint.retention import CheckpointSection
-from vitds.data import DataSection, SourceSection
+from vitds.data import DataSection, Source, SourceSection, build_sources
 from vitds.errors import UserError
 from vitds.json_files import override, read_object, walk
 from vitds.metrics import MonitorSections, monitor_sections
-from vitds.models import ModelSection
+from vitds.models import ModelSection, ViTForImageClassification, build_config
 from vitds.optim import check_optimizer
+from vitds.optim.groups import Group, build_groups
 from vitds.schedules import Schedule, SchedulerSection, build_schedule
-from vitds.sections import Duration, key, parse, to_json
-from vitds.zero.engine import other_optimizer_names, precision, zero_stage
+from vitds.sections import Duration, check_least, key, parse, to_json
+from vitds.zero.engine import OWN_NAMES, client_optimizer, other_optimizer_names, precision, zero_stage
 from vitds.zero.section import check_deepspeed_section
 
 DEFAULT_OPTIMIZER = {
@@ -52,15 +55,23 @@ class TrainSection:
         None, "Dense peak of one device in the training precision, for MFU; known for common GPUs."
     )
 
+    def __post_init__(self) -> None:
+        check_least("vitds.train", self, seed=0, peak_tflops=0)
+
 
 @dataclass(frozen=True)
 class GuardSection:
     """What happens when a loss or gradient is not finite. The weights never see it."""
 
     nonfinite: str = key(
-        "stop", "stop ends the run before the update; skip drops the batch and goes on.", choices=("stop", "skip")
+        "stop",
+        "stop ends the run before the update; skip drops a batch whose gradient is not finite.",
+        choices=("stop", "skip"),
     )
     max_skips: int = key(10, "Batches dropped in a row before the run stops all the same.")
+
+    def __post_init__(self) -> None:
+        check_least("vitds.guard", self, max_skips=0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,9 @@ class ClusterSection:
 
     min_gpus: int | None = key(None, "Fewest ranks.")
     max_gpus: int | None = key(None, "Most ranks.")
+
+    def __post_init__(self) -> None:
+        check_least("vitds.cluster", self, min_gpus=1, max_gpus=1)
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,35 @@ def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: 
         raise UserError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
+class Plan(NamedTuple):
+    """What a run is made of, all of it checked and none of it on an accelerator."""
+
+    sources: tuple[Source, Source | None]
+    lengths: Lengths
+    groups: list[Group]
+    model: ViTForImageClassification
+    """On the meta device: it has shapes and no values."""
+
+
+def prepare(run: RunFile) -> Plan:
+    """Sources, lengths, model and parameter groups; whatever else can be wrong with a run file shows here.
+
+    Raises:
+        UserError: data that is not there, a schedule that does not fit, a pattern that matches nothing, an optimizer
+            that ZeRO would change.
+    """
+    part = run.vitds
+    sources = build_sources(part.data, part.model.num_classes)
+    with torch.device("meta"):
+        model = ViTForImageClassification(build_config(part.model))
+    model.set_activation_checkpointing(part.train.activation_checkpointing)
+    groups = build_groups(model.shapes, **run.rates, decay_patterns=model.decay_patterns(), overrides=part.groups)
+    client_optimizer(run.optimizer, zero_stage(run.deepspeed))
+    if part.init_from is not None and not Path(part.init_from.path).exists():
+        raise UserError(f"vitds.init_from.path: {part.init_from.path!r} does not exist")
+    return Plan(sources, run.lengths(len(sources[0])), groups, model)
+
+
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
     """(micro batch, accumulation) with global = micro × accumulation × world size.
 
@@ -208,7 +251,11 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
     _check_cluster(section.cluster, world_size)
 
     deepspeed = {word: value for word, value in given.items() if word not in OURS}
-    optimizer = check_optimizer(deepspeed.pop("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER)), other_optimizer_names())
+    optimizer = deepspeed.pop("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER))
+    if isinstance(optimizer, dict):  # DeepSpeed takes its own names in any case
+        own = {name.lower(): name for name in OWN_NAMES}
+        optimizer["type"] = own.get(str(optimizer.get("type")).lower(), optimizer.get("type"))
+    optimizer = check_optimizer(optimizer, other_optimizer_names())
     if "lr" not in optimizer["params"]:
         raise UserError("optimizer.params.lr: missing; the base learning rate, which the schedule multiplies")
     params = optimizer["params"]
@@ -220,7 +267,8 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
     scheduler = parse(SchedulerSection, given.get("scheduler", {}), "scheduler")
     monitors = monitor_sections(given)
 
-    deepspeed.setdefault("zero_optimization", {"stage": 2})
+    if isinstance(deepspeed.setdefault("zero_optimization", {}), dict):
+        deepspeed["zero_optimization"].setdefault("stage", 2)
     deepspeed.setdefault("gradient_clipping", 1.0)
     check_deepspeed_section(deepspeed)
     micro = deepspeed.get("train_micro_batch_size_per_gpu")
@@ -251,7 +299,9 @@ def _resolve_accumulation_dtype(deepspeed: dict[str, Any]) -> None:
     """Accumulate in fp32 unless told otherwise; at stage 0 in 16 bits DeepSpeed cannot."""
     half = str(precision(deepspeed)).removeprefix("torch.")
     types = deepspeed.setdefault("data_types", {})
-    accumulate = types.setdefault("grad_accum_dtype", "fp32")
+    if types.get("grad_accum_dtype") is None:
+        types["grad_accum_dtype"] = "fp32"
+    accumulate = types["grad_accum_dtype"]
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[half]
     if zero_stage(deepspeed) == 0 and accumulate != short:
         raise UserError(

@@ -6,6 +6,7 @@ Importing this module starts nothing; outside a process group everything behaves
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -132,6 +133,6 @@ def leave_with_user_error(message: str) -> NoReturn:
     """
     if not is_main():
         time.sleep(5 if torch_dist.is_initialized() else 20)
-    if is_main() or torch_dist.is_initialized():
-        print(f"vitds: {message}", file=sys.stderr, flush=True)
+    where = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
+    print(f"vitds: {where}{message}", file=sys.stderr, flush=True)
     leave(2, orderly=False)

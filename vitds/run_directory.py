@@ -22,7 +22,7 @@ OUTCOMES = ("running", "preempted", "finished", "failed")
 
 # What makes a run this run and no other: keys of the run file, each with everything below it. What is not listed here
 # (total steps, micro batch, ZeRO stage, precision, monitors, checkpoint cadence, world size) may change on the way.
-IDENTITY = ("train_batch_size", "optimizer", "vitds.model", "vitds.groups", "vitds.train.seed", "vitds.data.seed")
+IDENTITY = ("train_batch_size", "optimizer", "vitds.model", "vitds.groups", "vitds.train.seed")
 
 
 class RunDirectory:
@@ -35,6 +35,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self._ours = False
         self._lease = Lease(self.path / "lease.json")
         if not dist.is_main():
             return
@@ -104,12 +105,15 @@ class RunDirectory:
             raise UserError(f"{path} is not a run file: expected an object")
         return stored
 
-    def refuse_other_run(self, stored: dict[str, Any], resolved: dict[str, Any]) -> None:
-        """Two resolved run files must be of one run.
+    def refuse_other_run(self, resolved: dict[str, Any]) -> None:
+        """What lives here, if anything does, must be the run of this resolved run file.
 
         Raises:
             UserError: model, optimizer, groups, global batch or seed differ; shows each differing key, old → new.
         """
+        stored = self.stored_config()
+        if stored is None:
+            return
         differing = differences(_identity(stored), _identity(resolved))
         if differing:
             raise UserError(
@@ -124,9 +128,9 @@ class RunDirectory:
         Raises:
             UserError: another run lives here (`refuse_other_run`).
         """
+        self.refuse_other_run(resolved)
         stored = self.stored_config()
-        if stored is not None:
-            self.refuse_other_run(stored, resolved)
+        self._ours = True
         if not dist.is_main():
             return
         changes = differences(stored, finite(resolved)) if stored is not None else []
@@ -157,6 +161,13 @@ class RunDirectory:
                 self.path / "outcome.json", {"state": state, "exit_code": exit_code, "step": step, "time": time.time()}
             )
 
+    def bad_samples(self, found: list[dict[str, Any]]) -> None:
+        """Name images that could not be decoded, in events.jsonl and on the console."""
+        for bad in found:
+            self.event("bad sample", **bad)
+            if dist.is_main():
+                print(f"vitds: bad sample {bad['key']}: {bad['reason']}", file=sys.stderr, flush=True)
+
     def fail(self, reason: str) -> None:
         """Say why a run broke and where it can go on from, and leave outcome.json saying that it failed."""
         newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
@@ -164,9 +175,18 @@ class RunDirectory:
         where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
         if dist.is_main():
             print(f"vitds: {reason}; {where}; the same command goes on from there", file=sys.stderr, flush=True)
-            if self._lease.held:  # otherwise what is here is another run's
-                self.outcome("failed", 1, step)
-                self.event("fail", reason=reason, last_checkpoint=step)
+        self.record_failure(1, step)
+        if self._lease.held:  # otherwise what is here is another run's
+            self.event("fail", reason=reason, last_checkpoint=step)
+
+    def record_failure(self, exit_code: int, step: int = 0) -> None:
+        """Leave outcome.json saying that the run failed; any rank may, for rank 0 may be ended before it knows.
+
+        Does nothing before `write_config`: until then what is here may be another run's.
+        """
+        if self._ours and (self._lease.held or not dist.is_main()):
+            row = {"state": "failed", "exit_code": exit_code, "step": step, "time": time.time()}
+            write_json(self.path / "outcome.json", row)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -109,6 +109,14 @@ def parse(cls: type[Section], given: Any, path: str) -> Section:
     return cls(**values)
 
 
+def check_least(path: str, section: Any, **least: float) -> None:
+    """Refuse numbers below the least allowed one, given by name; None passes."""
+    for name, bound in least.items():
+        value = getattr(section, name)
+        if value is not None and value < bound:
+            raise UserError(f"{path}.{name}: expected at least {bound}, found {value}")
+
+
 def to_json(section: Any) -> dict[str, Any]:
     """The section as JSON that `parse` reads back to an equal one; every key explicit."""
     out: dict[str, Any] = {}

@@ -109,6 +109,7 @@ class Trainer:
         resolved = {
             "vitds": {"train": {"seed": 0}},
             "optimizer": optimizer,
+            "train_batch_size": BATCH,
             "zero_optimization": section["zero_optimization"],
         }
         self.state = RunState(self.engine, self.model, self.schedule, resolved, VitdsImageProcessor(8, 8))

@@ -75,17 +75,13 @@ class RunState:
         """Write `directory`/step-… and drop what need not be kept. Collective; Stopped where it cannot be written."""
         state = {
             **asdict(progress),
-            "seed": self.resolved["vitds"]["train"]["seed"],
+            "stream": self._identity(),
             "schedule": self.schedule.to_json(),
             "optimizer": self.resolved["optimizer"],
-            "groups": [
-                {"name": g.name, "lr": g.lr, "lr_mult": g.lr_mult, "weight_decay": g.weight_decay, "frozen": g.frozen}
-                for g in self.engine.groups.values()
-            ],
             "counters": self.engine.counters(),
             "evaluation": evaluation or {},
             "world_size": dist.world_size(),
-            "zero_stage": self.resolved["zero_optimization"]["stage"],
+            "zero_stage": self.engine.stage,
             "versions": {name: version(name) for name in ("vitds", "torch", "deepspeed", "transformers")},
         }
         extra = {
@@ -131,6 +127,18 @@ class RunState:
         stored, ours = state["optimizer"]["type"], self.resolved["optimizer"]["type"]
         if stored != ours:
             raise UserError(f"{checkpoint.path}: holds the state of optimizer {stored!r}, the run file has {ours!r}")
+        if checkpoint.step > self.schedule.total_steps:
+            raise UserError(
+                f"{checkpoint.path}: is {checkpoint.step} steps on, the run file's total is {self.schedule.total_steps}"
+            )
+        ours_now = self._identity()
+        changed = [
+            f"{key}: {state['stream'][key]} there, {ours_now[key]} here"
+            for key in ours_now
+            if state["stream"][key] != ours_now[key]
+        ]
+        if changed:
+            raise UserError(f"{checkpoint.path}: goes on only with the same stream and rates; {'; '.join(changed)}")
         past = Schedule.from_json(state["schedule"])
         differing = self.schedule.first_difference(past, checkpoint.step)
         if differing is not None:
@@ -139,12 +147,21 @@ class RunState:
                 f"factor {self.schedule(differing):.6g}, but it was trained with {past(differing):.6g} ({_say(past)}); keep the "
                 "schedule, start from a step before they part, or begin a new run with vitds.init_from.what = weights"
             )
-        checkpoint.read_into([*self.engine.master_shards(), *self.engine.state_shards()])
+        checkpoint.read_into([*self.engine.master_shards(), *self.engine.state_shards(to_fill=True)])
         self.engine.restore_counters(state["counters"])
         self.engine.refresh_weights()
         return Progress(
             checkpoint.step, state["position"], state["images_seen"], [list(pair) for pair in state["skipped"]]
         )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must stay for a state to go on exactly: the image stream, and the rates that the schedule multiplies."""
+        groups = self.engine.groups.values()
+        return {
+            "seed": self.resolved["vitds"]["train"]["seed"],
+            "global_batch": self.resolved["train_batch_size"],
+            "rates": {g.name: [g.lr * g.lr_mult, g.weight_decay, g.frozen] for g in groups},
+        }
 
     def _transfer(self, weights: WeightsFile) -> list[str]:
         """Masters from another model's weights: the classifier may have other classes and then starts afresh, the

@@ -59,7 +59,6 @@ class TrainLoader:
         self._feed = _Feed(self._batches, itertools.count(), section)
         self._delivered = 0
         self._bad = _BadSamples("train", section.max_bad_samples)
-        self._told = 0
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, since the loader was made."""
 
@@ -70,9 +69,7 @@ class TrainLoader:
 
     def newly_bad(self) -> list[dict[str, Any]]:
         """The undecodable images that any rank has met since the last call: key, reason, position. Collective."""
-        mine = [dataclasses.asdict(bad) for bad in self._bad.found[self._told :]]
-        self._told = len(self._bad.found)
-        return [bad for found in dist.all_objects(mine) for bad in found]
+        return self._bad.untold()
 
     @property
     def position(self) -> int:
@@ -128,6 +125,10 @@ class EvalLoader:
         """The undecodable images of this rank's share met so far, each once."""
         return self._bad.found
 
+    def newly_bad(self) -> list[dict[str, Any]]:
+        """As TrainLoader's: these images count for nothing in the evaluation. Collective."""
+        return self._bad.untold()
+
     def __len__(self) -> int:
         return len(self._batches)
 
@@ -169,9 +170,7 @@ class _Feed:
 
     def __next__(self) -> Prepared:
         prepared = next(self._items)
-        if self._pin and not self._in_workers and prepared.batch is not None:
-            prepared.batch = prepared.batch.pin_memory()
-        return prepared
+        return prepared.pin_memory() if self._pin and not self._in_workers else prepared
 
     def close(self) -> None:
         """Ends the workers, by force if need be.
@@ -190,6 +189,13 @@ class _BadSamples:
         self.cap = cap
         self.found: list[BadSample] = []
         self._keys: set[str] = set()
+        self._told = 0
+
+    def untold(self) -> list[dict[str, Any]]:
+        """What all ranks have found since the last call. Collective."""
+        mine = [dataclasses.asdict(bad) for bad in self.found[self._told :]]
+        self._told = len(self.found)
+        return [bad for found in dist.all_objects(mine) for bad in found]
 
     def checked(self, prepared: Prepared) -> Batch:
         """The batch, after its bad samples have been added up and found within the cap."""

@@ -38,6 +38,12 @@ class Prepared:
     error: UserError | None = None
     """A worker's UserError travels as a value: raised there, it would arrive wrapped in a traceback."""
 
+    def pin_memory(self) -> Prepared:
+        """With the batch in page-locked memory; torch's DataLoader calls this on what its workers send."""
+        if self.batch is not None:
+            self.batch = self.batch.pin_memory()
+        return self
+
 
 @dataclass(frozen=True)
 class Images:

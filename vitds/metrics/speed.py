@@ -182,6 +182,14 @@ class Speedometer(Throughput):
         kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "tf32" if settings.tf32 else "fp32")
         self.peak = device_peak(device, kind, settings.peak_tflops)
 
+    def describe(self) -> str:
+        """What perf/mfu is measured against."""
+        return (
+            f"MFU against {self.peak.name}"
+            if self.peak
+            else "no MFU: this device's peak is unknown; set vitds.train.peak_tflops"
+        )
+
     def row(self) -> dict[str, float]:
         """Images per second, waiting, MFU where the peak is known, and peak memory, since the last call."""
         row = self.rates()

@@ -23,8 +23,11 @@ from vitds.optim.groups import Group
 from vitds.zero.foreign import ForeignState
 from vitds.zero.partitions import Partitions, loss_scaler_state, restore_loss_scaler
 
-OWN_NAMES = ("Adam", "AdamW", "Adagrad", "Lion")
+OWN_NAMES = ("Adam", "AdamW", "Lion")
 """DeepSpeed's own elementwise optimizers, by its names; it builds them itself from the JSON."""
+
+UNFIT = ("Optimizer", "Adafactor", "Adagrad", "LBFGS", "Muon", "SparseAdam")
+"""Of torch.optim: not elementwise, with state from the constructor that ZeRO's flats do not have, or for other gradients."""
 
 WRAPPER_NOTES = {
     "BF16_Optimizer": "ZeRO-1 with fp32 accumulation keeps a full fp32 gradient on every GPU (4 bytes a parameter); "
@@ -147,11 +150,16 @@ class TrainingEngine:
         return self._norm
 
     def set_learning_rate(self, factor: float) -> float:
-        """Give every group its base rate times `factor`; the first group's rate is returned."""
+        """Give every group its base rate times `factor`; the largest is returned."""
         for group in self.optimizer.param_groups:
             ours = self.groups[group["name"]]
             group["lr"] = ours.lr * ours.lr_mult * factor
         return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int(self.deepspeed.zero_optimization_stage())
 
     @property
     def device(self) -> torch.device:
@@ -162,9 +170,13 @@ class TrainingEngine:
         """This rank's part of the fp32 weights, as live views; call `refresh_weights` after writing."""
         return self.partitions.master_shards()
 
-    def state_shards(self) -> list[Shard]:
-        """This rank's part of the optimizer's state, as live views named `<parameter>.<state>`."""
-        return self.optimizer.state_shards() if self.foreign is None else self.foreign.shards()
+    def state_shards(self, *, to_fill: bool = False) -> list[Shard]:
+        """This rank's part of the optimizer's state, as live views named `<parameter>.<state>`.
+
+        Args:
+            to_fill: before the first step, to be filled from a checkpoint.
+        """
+        return self.optimizer.state_shards() if self.foreign is None else self.foreign.shards(to_fill)
 
     def refresh_weights(self) -> None:
         """Make the computing weights follow the masters. Collective."""
@@ -192,10 +204,11 @@ class TrainingEngine:
     def describe(self) -> str:
         """Stage, precision, wrapper, and the bytes of optimizer state a parameter costs on this rank."""
         held: dict[str, int] = {}
-        for shard in self.state_shards():
+        for shard in self.state_shards() if self.foreign is None else []:
             held[shard.name.rsplit(".", 1)[1]] = held.get(shard.name.rsplit(".", 1)[1], 0) + shard.data.nbytes
         trained = sum(fragment.numel for flat in self.partitions.flats for fragment in flat.fragments)
         parts = ", ".join(f"{name} {size / max(trained, 1):.4f}" for name, size in held.items())
+        parts = parts if self.foreign is None else self.foreign.describe()
         note = WRAPPER_NOTES.get(self.wrapper_name)
         return (
             f"ZeRO-{self.deepspeed.zero_optimization_stage()} on {dist.world_size()} rank(s), {self.deepspeed.get_data_types()[0]}, "
@@ -286,4 +299,4 @@ def other_optimizer_names() -> list[str]:
     torch_names = [
         n for n, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer)
     ]
-    return [*OWN_NAMES, *sorted(set(torch_names) - {*OWN_NAMES, "Optimizer", "Adafactor"})]
+    return [*OWN_NAMES, *sorted(set(torch_names) - {*OWN_NAMES, *UNFIT})]

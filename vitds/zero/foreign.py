@@ -1,7 +1,8 @@
 """State of optimizers that are not ours (DeepSpeed's own, torch's, a user's), learnt by trying one out.
 
 Under ZeRO such an optimizer sees flat pieces, so only state of the flat's own shape (cut like the parameter) and scalars
-(the same everywhere) can be named, saved and put back. Anything else is refused at start.
+(the same everywhere) can be named, saved and put back. Anything else is refused at start. State is allocated here only
+to be filled from a checkpoint: many classes give it other first values than zero, and only when they find none.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ class ForeignState:
             self.optimizer.state = type(state)(dict)
             self.optimizer.param_groups = [{**kept[0], "params": [probe]}]
             probe.grad = torch.ones_like(probe)
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except Exception as error:
+                raise UserError(
+                    f"optimizer.type: {type(self.optimizer).__name__} cannot step a tensor that it was not built with, "
+                    f"and ZeRO gives it such: {type(error).__name__}: {error}"
+                ) from error
             for key, value in self.optimizer.state[probe].items():
                 if torch.is_tensor(value) and value.shape == probe.shape:
                     self.tensors[key] = value.dtype
@@ -65,25 +72,30 @@ class ForeignState:
         finally:
             self.optimizer.state, self.optimizer.param_groups = state, groups
 
-    def shards(self) -> list[Shard]:
-        """Live views of the state of every fragment; allocates what the optimizer would allocate at its first step."""
+    def describe(self) -> str:
+        """Names and sizes of what it keeps for a parameter."""
+        return ", ".join(f"{key} {dtype.itemsize:.4f}" for key, dtype in self.tensors.items())
+
+    def shards(self, to_fill: bool) -> list[Shard]:
+        """Live views of the state of every fragment.
+
+        Args:
+            to_fill: make what is not there yet, to be filled from a checkpoint; else there must have been a step.
+        """
         out = []
         for flat in self.flats:
             state = self.optimizer.state[flat.tensor]
             for key, dtype in self.tensors.items():
-                if key not in state:
+                if to_fill and key not in state:
                     state[key] = torch.zeros_like(flat.tensor, dtype=dtype, requires_grad=False)
-                for f in flat.fragments:
-                    out.append(
-                        Shard(f"{f.name}.{key}", f.shape, f.of(state[key]), f.start, flat.group, flat.group is None)
-                    )
-            for key, example in self.state_scalars.items():
-                state.setdefault(key, torch.zeros_like(example) if torch.is_tensor(example) else type(example)(0))
+                out += [
+                    Shard(f"{f.name}.{key}", f.shape, f.of(state[key]), f.start, flat.group, flat.group is None)
+                    for f in flat.fragments
+                ]
         return out
 
     def scalars(self) -> dict[str, Any]:
         """The numbers kept beside tensors, the same for every flat."""
-        self.shards()
         states = [self.optimizer.state[flat.tensor] for flat in self.flats if flat.tensor.numel()]
         groups = self.optimizer.param_groups
         return {
@@ -93,7 +105,6 @@ class ForeignState:
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Put back what `scalars` returned."""
-        self.shards()
         for flat in self.flats:
             state = self.optimizer.state[flat.tensor]
             for key, value in scalars["state"].items():

@@ -21,6 +21,8 @@ REFUSED = {
     "activation_checkpointing": "vitds does its own; set vitds.train.activation_checkpointing to none, full, every:N or selective",
     "torch_autocast": "use bf16 or fp16: the masters are fp32 and the weights are cast once, not at every layer",
     "amp": "use bf16 or fp16",
+    "compile": "set vitds.train.compile",
+    "gradient_allreduce_op": "the gradient is the mean over the global batch, as in the paper",
     "checkpoint": "checkpoints are vitds's own (safetensors); see vitds.checkpoint",
     "datastates_ckpt": "checkpoints are vitds's own (safetensors); see vitds.checkpoint",
     "data_efficiency": "the image stream is vitds's own; see vitds.data",
@@ -33,6 +35,8 @@ REFUSED = {
 """Top-level keys that DeepSpeed reads and vitds does not support, each with what to do instead."""
 
 REFUSED_ZERO = {
+    "cpu_offload": "the masters would live elsewhere than the optimizer's layout says; use more GPUs or ZeRO-3",
+    "cpu_offload_param": "the weights would live elsewhere than the layout says; use ZeRO-3 without offload",
     "offload_optimizer": "the masters would live elsewhere than the optimizer's layout says; use more GPUs or ZeRO-3",
     "offload_param": "the weights would live elsewhere than the layout says; use ZeRO-3 without offload",
     "elastic_checkpoint": "vitds's checkpoints already fit any number of GPUs",
@@ -110,6 +114,9 @@ def check_deepspeed_section(section: dict[str, Any], *, free_form: tuple[str, ..
             value = typed(section[word], kind, word)
             if isinstance(value, (int, float)) and value < (1 if kind is int else 0):
                 raise UserError(f"{word}: {value!r} is too small")
+    for word in section.get("data_types", {}):
+        if word in ("param_dtype", "buffer_dtype", "keep_in_fp32_modules"):
+            raise UserError(f"data_types.{word}: not supported; the precision is that of bf16, fp16 or neither")
     accumulate = section.get("data_types", {}).get("grad_accum_dtype")
     if accumulate is not None and accumulate not in DTYPES:
         raise UserError(one_of("data_types.grad_accum_dtype", accumulate, DTYPES))
@@ -119,6 +126,11 @@ def check_deepspeed_section(section: dict[str, Any], *, free_form: tuple[str, ..
         if value and not (isinstance(value, dict) and value.get("device") == "none"):
             raise UserError(f"zero_optimization.{word}: not supported; {instead}")
     for precision in ("bf16", "fp16"):
+        typed(section.get(precision, {}).get("enabled", False), bool, f"{precision}.enabled")
+        if section.get(precision, {}).get("check_grad_overflow") is False:
+            raise UserError(
+                f"{precision}.check_grad_overflow: cannot be switched off; gradients that are not finite would be applied"
+            )
         for word, value in section.get(precision, {}).items():
             if word.endswith(("_master_weights_and_grads", "_optimizer_states")) and value:
                 raise UserError(
