@@ -44,12 +44,14 @@ def main() -> None:
     except UserError as error:
         if directory is not None:
             directory.record_failure(2)
+            directory.release()
         dist.leave_with_user_error(str(error))
     except Exception as error:
         if not (known := isinstance(error, Stopped)):
             traceback.print_exc()
         if directory is not None:
             directory.fail(str(error) if known else "the run failed")
+            directory.release()
         dist.leave(1, orderly=known)
     dist.leave(0)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vitds.data import DataSection, EvalLoader, SourceSection, TrainLoader, build_source, folder, order
-from vitds.data.batch import Batch, picture, to_model_range
+from vitds.data.batch import to_model_range
 from vitds.data.samples import mixup_weight
 from vitds.errors import UserError
 
@@ -285,14 +285,3 @@ def test_model_range():
     assert out.min() == -1
     assert out.max() == 1
     assert to_model_range(out, "cpu") is out
-
-
-def test_picture_lays_the_images_out_in_rows():
-    images = torch.stack([torch.full((3, 4, 4), 10 * i, dtype=torch.uint8) for i in range(5)])
-    batch = Batch(images, torch.zeros(5), list(range(5)), torch.ones(5, dtype=torch.bool))
-    grid = picture(batch, columns=3)
-    assert grid.dtype == torch.uint8
-    assert grid.shape == (3, 10, 16)
-    assert grid[0, ::6, ::6].tolist() == [[0, 10, 20], [30, 40, 255]]
-    batch.images = to_model_range(images, "cpu")
-    assert torch.equal(picture(batch, columns=3), grid)

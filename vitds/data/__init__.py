@@ -1,6 +1,6 @@
 """Images in: where they come from, in what order, what is done to them, and which rank gets which."""
 
-from vitds.data.batch import Batch, picture, to_model_range
+from vitds.data.batch import Batch, to_model_range
 from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.order import order
 from vitds.data.randomness import augmentation_rng
@@ -23,6 +23,5 @@ __all__ = [
     "build_source",
     "build_sources",
     "order",
-    "picture",
     "to_model_range",
 ]

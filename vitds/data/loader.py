@@ -15,14 +15,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from vitds import dist
-from vitds.data.batch import Batch, picture, to_model_range
+from vitds.data.batch import Batch
 from vitds.data.samples import BadSample, EvalBatches, Images, Prepared, TrainBatches, too_many_bad
 from vitds.data.section import DataSection, SourceSection
 from vitds.data.sources import Role, Source, check_classes
 from vitds.data.transforms import TRAIN_DEFAULT, build_transforms, eval_default
 from vitds.errors import UserError
-
-__all__ = ["BadSample", "Batch", "EvalLoader", "TrainLoader", "picture", "to_model_range"]
 
 
 class TrainLoader:
