@@ -6,6 +6,8 @@ import contextlib
 import io
 import logging
 import math
+import os
+import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,6 +45,11 @@ def init_distributed(timeout_minutes: float = 30) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its warnings are about consent and deprecations; what a user must know is said by vitds.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if "RANK" not in os.environ:  # else DeepSpeed would look for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update({**alone, "MASTER_PORT": str(free.getsockname()[1])})
     if dist.device().type == "cuda":
         torch.cuda.set_device(dist.device())  # collectives of objects before the engine exists use the current device
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
