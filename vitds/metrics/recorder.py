@@ -131,8 +131,8 @@ def closing_lines(run_directory: str | os.PathLike[str], monitors: MonitorSectio
 
 
 def _command(name: str) -> str:
-    """A program of this environment as it can be called from here: by its name, or by its path when not on PATH."""
-    if shutil.which(name):
-        return name
+    """A program of this environment as it can be called from here: by its name, or by its path when PATH has another."""
     path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path):
+        return name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
