@@ -87,7 +87,6 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan) -> None:
     recorder.say(speed.describe())
 
     while progress.step < total:
-        dist.leave_if_alone()
         done = progress.step + 1
         rate = engine.set_learning_rate(schedule(progress.step))
         due = every.diagnose > 0 and done % every.diagnose == 0
@@ -95,6 +94,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan) -> None:
         with watching as norms:
             losses = []
             for micro in range(run.accumulation):
+                dist.leave_if_alone()
                 with speed.waiting():
                     batch = next(loader)
                 if done == first + 1 and micro == 0:

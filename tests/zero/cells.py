@@ -38,6 +38,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "bf16 z3": _cell(BF16, FP32_SUM, 3, stage3_param_persistence_threshold=0),
     "bf16 z3 tiny sub-groups": _cell(BF16, FP32_SUM, 3, sub_group_size=500),
     "fp16 z0": _cell(FP16, FP16_SUM, 0),
+    "fp16 z1": _cell(FP16, FP32_SUM, 1),
     "fp16 z2": _cell(FP16, FP32_SUM, 2),
     "fp16 z3": _cell(FP16, FP32_SUM, 3),
 }
