@@ -118,7 +118,7 @@ def leave(code: int, *, orderly: bool = True) -> NoReturn:
         orderly: False after a failure, when other ranks may never reach the barrier.
     """
     if torch_dist.is_initialized() and orderly:
-        torch_dist.barrier()
+        barrier()
         torch_dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

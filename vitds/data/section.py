@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vitds.data.sources import SOURCES
 from vitds.data.transforms import check_transforms, eval_default
 from vitds.errors import UserError, one_of
-from vitds.sections import key
+from vitds.sections import check_least, key
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class DataSection:
     max_bad_samples: int = key(100, "Undecodable images that one rank replaces before the run stops.")
 
     def __post_init__(self) -> None:
-        for name, least in (("mixup", 0), ("num_workers", 0), ("prefetch", 1), ("max_bad_samples", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"vitds.data.{name}: expected at least {least}, found {getattr(self, name)}")
+        check_least("vitds.data", self, mixup=0, num_workers=0, prefetch=1, max_bad_samples=0)
 
     def eval_edge(self, image_size: int) -> int:
         """Shortest edge to which evaluation resizes before it crops: what the saved image processor must do too."""

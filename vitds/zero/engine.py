@@ -210,18 +210,22 @@ class TrainingEngine:
 
     def describe(self) -> str:
         """Stage, precision, wrapper, and the bytes of optimizer state a parameter costs on this rank."""
-        held: dict[str, int] = {}
-        for shard in self.state_shards() if self.foreign is None else []:
-            held[shard.name.rsplit(".", 1)[1]] = held.get(shard.name.rsplit(".", 1)[1], 0) + shard.data.nbytes
-        trained = sum(fragment.numel for flat in self.partitions.flats for fragment in flat.fragments)
-        parts = ", ".join(f"{name} {size / max(trained, 1):.4f}" for name, size in held.items())
-        parts = parts if self.foreign is None else self.foreign.describe()
+        parts = self._measured_state() if self.foreign is None else self.foreign.describe()
         note = WRAPPER_NOTES.get(self.wrapper_name)
         return (
             f"ZeRO-{self.deepspeed.zero_optimization_stage()} on {dist.world_size()} rank(s), {self.deepspeed.get_data_types()[0]}, "
             f"wrapper {self.wrapper_name}; {type(self.optimizer).__name__} holds, in bytes per master weight on this rank: "
             f"{parts or 'nothing'}" + (f"\nnote: {note}" if note else "")
         )
+
+    def _measured_state(self) -> str:
+        """Bytes of each kind of state, per master weight on this rank."""
+        held: dict[str, int] = {}
+        for shard in self.state_shards():
+            kind = shard.name.rsplit(".", 1)[1]
+            held[kind] = held.get(kind, 0) + shard.data.nbytes
+        trained = sum(fragment.numel for flat in self.partitions.flats for fragment in flat.fragments)
+        return ", ".join(f"{kind} {size / max(trained, 1):.4f}" for kind, size in held.items())
 
     def close(self) -> None:
         """Let go of the engine, so that the process groups it holds can be destroyed."""
