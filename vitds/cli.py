@@ -9,6 +9,8 @@ import sys
 import typing
 from typing import Any, NoReturn
 
+from vitds.checkpoint import verbs as checkpoint_verbs
+from vitds.cluster.run import run as run_command
 from vitds.config import VitdsSection, load_run_file, prepare
 from vitds.errors import UserError
 from vitds.metrics import MonitorSections
@@ -40,7 +42,7 @@ def training_arguments(description: str | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 where the user's input is wrong."""
+    """Run one verb; returns the exit code: 0, 2 where the user's input is wrong, else what the verb says."""
     parser = argparse.ArgumentParser(prog="vitds", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     check = verbs.add_parser("check", help="check a run file as the trainer would, without starting anything")
@@ -48,11 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--gpus", type=int, default=1, help="number of ranks to check the batch arithmetic for")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     verbs.add_parser("config-docs", help="print docs/config.md, made from the sections themselves")
+    runs = verbs.add_parser("run", help="run a launcher's command, pass signals to its ranks, exit 75 when preempted")
+    runs.add_argument("command", nargs=argparse.REMAINDER, help="[--] deepspeed … launcher/train.py …")
+    checkpoint_verbs.add_verbs(verbs)
     options = parser.parse_args(arguments)
     if options.verb == "config-docs":
         print(config_docs())
         return 0
     try:
+        if options.verb == "checkpoint":
+            return checkpoint_verbs.run(options)
+        if options.verb == "run":
+            return run_command(options.command)
         run = load_run_file(options.config, options.set, world_size=options.gpus)
         prepare(run)
     except UserError as error:

@@ -6,16 +6,18 @@ Importing this module starts nothing; outside a process group everything behaves
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
-from vitds.errors import UserError
+from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
 
 Result = TypeVar("Result")
 
@@ -78,6 +80,28 @@ def sum_over_ranks(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
     return tensor
 
 
+_host_group: tuple[Any, Any] = (None, None)
+"""The default process group, and the gloo group over the same ranks that `any_rank` uses."""
+
+
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """For each flag, whether it is set on any rank: the same answer on all. Collective; waits for hosts, not for devices.
+
+    Every rank gives as many flags. The first call, collective like all others, makes a gloo group where the default
+    group is of another kind.
+    """
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return [bool(flag) for flag in flags]
+    global _host_group
+    default = torch_dist.group.WORLD
+    if _host_group[0] is not default:
+        own = torch_dist.get_backend() != "gloo"
+        _host_group = (default, torch_dist.new_group(backend="gloo") if own else default)
+    bits = torch.tensor([int(flag) for flag in flags], dtype=torch.uint8)
+    torch_dist.all_reduce(bits, torch_dist.ReduceOp.MAX, group=_host_group[1])
+    return [bool(bit) for bit in bits.tolist()]
+
+
 def mean(tensor: torch.Tensor) -> float:
     """Mean over the tensor's elements and over the ranks; waits for the device."""
     total = tensor.detach().double().mean()
@@ -95,16 +119,6 @@ def together(action: Callable[[], Result]) -> Result:
     if first is not None:
         raise UserError(first)
     return result  # type: ignore[return-value]
-
-
-_PARENT = os.getppid()
-
-
-def leave_if_alone() -> None:
-    """End this rank when its launcher is gone: nobody else would, and it would hold the accelerator for ever."""
-    if os.getppid() != _PARENT:
-        print(f"vitds: rank {rank()}: the launcher is gone; stopping", file=sys.stderr, flush=True)
-        leave(1, orderly=False)
 
 
 def leave(code: int, *, orderly: bool = True) -> NoReturn:
@@ -132,7 +146,26 @@ def leave_with_user_error(message: str) -> NoReturn:
     while was alone in its trouble, and speaks too.
     """
     if not is_main():
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # the launcher's, once rank 0 is gone, must end us whoever had caught it
         time.sleep(5 if torch_dist.is_initialized() else 20)
     where = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
     print(f"vitds: {where}{message}", file=sys.stderr, flush=True)
     leave(2, orderly=False)
+
+
+def leave_after(error: BaseException) -> NoReturn:
+    """End this process as the error that reached the top demands (docs/design.md §3.8)."""
+    if isinstance(error, UserError):
+        leave_with_user_error(str(error))
+    if isinstance(error, Preempted):
+        if is_main():
+            print(f"vitds: {error}: saved; the same command goes on from here", file=sys.stderr, flush=True)
+        leave(EXIT_PREEMPTED)
+    known = isinstance(error, Stopped)  # on every rank, so that one line from one of them will do
+    if not known:
+        traceback.print_exception(error)
+    elif is_main():
+        print("\n".join([f"vitds: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
+    leave(1, orderly=known)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was asked to stop and has saved: run it again."""
+
 
 class UserError(ValueError):
     """The user's input cannot be used as it is.
@@ -19,6 +22,10 @@ class UserError(ValueError):
 
 class Stopped(RuntimeError):
     """The run cannot go on, for a reason that every rank knows: one message, exit code 1, and the state is on disk."""
+
+
+class Preempted(RuntimeError):
+    """All ranks agreed to stop here and be started again; exit code 75 once the state is saved."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
