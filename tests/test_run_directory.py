@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from vitds import lease
-from vitds.errors import UserError
+from vitds.errors import Preempted, UserError
 from vitds.json_files import write_json
 from vitds.run_directory import RunDirectory, differences
 
@@ -329,14 +329,28 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = RunDirectory(tmp_path)
-    with run:
-        run.fail("the run failed")
-        assert not (tmp_path / "outcome.json").exists(), "before write_config it may be another run's"
+def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path) -> None:
+    failures = [RuntimeError("first"), RuntimeError("second")]
+    with pytest.raises(RuntimeError), RunDirectory(tmp_path):
+        raise failures[0]
+    assert not (tmp_path / "outcome.json").exists(), "before write_config it may be another run's"
+    with pytest.raises(RuntimeError), RunDirectory(tmp_path) as run:
         run.write_config({})
         for name in ("step-000000010", "step-000000020.tmp"):
             (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        run.fail("the run failed")
+        raise failures[1]
     assert json.loads((tmp_path / "outcome.json").read_text())["step"] == 10
-    assert f"{tmp_path}/checkpoints/step-000000010;" in capsys.readouterr().err
+    assert "there is no checkpoint yet" in failures[0].__notes__[0]
+    assert f"{tmp_path}/checkpoints/step-000000010;" in failures[1].__notes__[0]
+
+
+@pytest.mark.parametrize(("error", "state", "code"), [(UserError("x"), "failed", 2), (Preempted("x"), "preempted", 75)])
+def test_the_outcome_of_an_error_that_is_none_of_ours(tmp_path: Path, error: Exception, state: str, code: int) -> None:
+    with pytest.raises(type(error)), RunDirectory(tmp_path) as run:
+        run.write_config({})
+        if isinstance(error, Preempted):
+            run.preempted(3, "SIGTERM")
+        raise error
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert (outcome["state"], outcome["exit_code"]) == (state, code)
+    assert not (tmp_path / "lease.json").exists()

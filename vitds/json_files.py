@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from vitds.errors import UserError, nearest
@@ -48,6 +51,39 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             line = "\n" + line
         file.write(line.encode())
+
+
+class Expendable:
+    """Around a write that a run can do without: where the disk is full, read-only or gone it goes on.
+
+    An OSError ends the block and is said, once until a later block could write again.
+
+    Args:
+        what: is written, for the message.
+    """
+
+    def __init__(self, what: object) -> None:
+        self._what = what
+        self._lost = 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        if isinstance(error, OSError):
+            if not self._lost:
+                _say(f"vitds: {self._what} cannot be written ({error}); going on")
+            self._lost += 1
+            return True
+        if error is None and self._lost:
+            _say(f"vitds: {self._what} can be written again; {self._lost} lost")
+            self._lost = 0
+        return False
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # standard error may lie on the same disk
+        print(text, file=sys.stderr, flush=True)
 
 
 class _Twice(dict[str, Any]):

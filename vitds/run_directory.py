@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from vitds import dist
-from vitds.errors import UserError
-from vitds.json_files import append_row, finite, write_json
+from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
+from vitds.json_files import Expendable, append_row, finite, read_object, write_json
 from vitds.lease import Lease
 
 OUTCOMES = ("running", "preempted", "finished", "failed")
@@ -37,6 +37,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self._ours = False
         self._lease = Lease(self.path / "lease.json")
+        self._events, self._outcome = Expendable(self.path / "events.jsonl"), Expendable(self.path / "outcome.json")
+        self._skips = self.path / "skips.json"
         if not dist.is_main():
             return
         try:
@@ -53,10 +55,15 @@ class RunDirectory:
         return str(self.path)
 
     def __enter__(self) -> RunDirectory:
-        self.acquire()
+        dist.together(self.acquire)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Leave word of why the run broke, if it did, and give the directory back."""
+        if isinstance(error, UserError):
+            self.record_failure(2)
+        elif error is not None and not isinstance(error, Preempted):
+            self.fail(error)
         self.release()
 
     def acquire(self, wait_seconds: float | None = None) -> None:
@@ -140,11 +147,48 @@ class RunDirectory:
             self.event("config", changes=changes)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to events.jsonl: time (Unix, s), kind, fields."""
+        """Append one line to events.jsonl: time (Unix, s), kind, fields. Lost where the disk has no room for it."""
         if not dist.is_main():
             return
         self.check_owner()
-        append_row(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
+        with self._events:
+            append_row(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
+
+    @property
+    def skips(self) -> list[tuple[int, int]]:
+        """The ranges [start, end) of positions that this run has given up, one a rollback, in the order in which it
+        did; the same on every rank. Collective.
+
+        Raises:
+            UserError: skips.json is not what `add_skip` writes.
+        """
+        found = dist.together(lambda: read_skips(self._skips) if dist.is_main() else [])
+        return [(entry["start"], entry["end"]) for entry in dist.broadcast_object(found)]
+
+    def add_skip(self, start: int, end: int, **why: Any) -> None:
+        """Give up the positions [start, end), durably: no later start of the run sees them again. Collective.
+
+        Raises:
+            UserError: skips.json is not what this wrote.
+            Stopped: it cannot be written.
+        """
+        assert 0 <= start < end, (start, end)
+
+        def write() -> str | None:
+            if not dist.is_main():
+                return None
+            self.check_owner()
+            entry = {"start": start, "end": end, "time": time.time(), **why}
+            try:
+                write_json(self._skips, {"skips": [*read_skips(self._skips), entry]})
+            except OSError as error:
+                return f"{self._skips} cannot be written, so there is no rollback: {error}"
+            return None
+
+        failed = dist.broadcast_object(dist.together(write))
+        if failed:
+            raise Stopped(failed)
+        self.event("rollback", positions=[start, end], **why)
 
     def outcome(self, state: str, exit_code: int | None, step: int) -> None:
         """Write outcome.json, from which batch scripts decide.
@@ -157,9 +201,22 @@ class RunDirectory:
         assert state in OUTCOMES, state
         if dist.is_main():
             self.check_owner()
-            write_json(
-                self.path / "outcome.json", {"state": state, "exit_code": exit_code, "step": step, "time": time.time()}
-            )
+            self._write_outcome({"state": state, "exit_code": exit_code, "step": step, "time": time.time()})
+
+    def started(self, step: int, origin: str) -> None:
+        """Training begins at `step`; `origin` says from what."""
+        self.event("start", step=step, origin=origin, world_size=dist.world_size())
+        self.outcome("running", None, step)
+
+    def finished(self, step: int, evaluation: dict[str, float]) -> None:
+        """Nothing is left to do."""
+        self.event("finish", step=step, **evaluation)
+        self.outcome("finished", 0, step)
+
+    def preempted(self, step: int, reason: str) -> None:
+        """All is saved, and the same command goes on."""
+        self.event("preempt", step=step, reason=reason)
+        self.outcome("preempted", EXIT_PREEMPTED, step)
 
     def bad_samples(self, found: list[dict[str, Any]]) -> None:
         """Name images that could not be decoded, in events.jsonl and on the console."""
@@ -168,16 +225,15 @@ class RunDirectory:
             if dist.is_main():
                 print(f"vitds: bad sample {bad['key']}: {bad['reason']}", file=sys.stderr, flush=True)
 
-    def fail(self, reason: str) -> None:
-        """Say why a run broke and where it can go on from, and leave outcome.json saying that it failed."""
+    def fail(self, error: BaseException) -> None:
+        """Add to an error where the run can go on from, and leave outcome.json saying that it failed."""
         newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
         step = int(newest[5:]) if newest else 0
         where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
-        if dist.is_main():
-            print(f"vitds: {reason}; {where}; the same command goes on from there", file=sys.stderr, flush=True)
+        error.add_note(f"vitds: {where}; the same command goes on from there")
         self.record_failure(1, step)
         if self._lease.held:  # otherwise what is here is another run's
-            self.event("fail", reason=reason, last_checkpoint=step)
+            self.event("fail", reason=f"{type(error).__name__}: {error}", last_checkpoint=step)
 
     def record_failure(self, exit_code: int, step: int = 0) -> None:
         """Leave outcome.json saying that the run failed; any rank may, for rank 0 may be ended before it knows.
@@ -185,8 +241,25 @@ class RunDirectory:
         Does nothing before `write_config`: until then what is here may be another run's.
         """
         if self._ours and (self._lease.held or not dist.is_main()):
-            row = {"state": "failed", "exit_code": exit_code, "step": step, "time": time.time()}
-            write_json(self.path / "outcome.json", row)
+            self._write_outcome({"state": "failed", "exit_code": exit_code, "step": step, "time": time.time()})
+
+    def _write_outcome(self, outcome: dict[str, Any]) -> None:
+        with self._outcome:
+            write_json(self.path / "outcome.json", outcome)
+
+
+def read_skips(path: Path) -> list[dict[str, Any]]:
+    """The entries of skips.json, none if there is no such file; refuses what `add_skip` would not have written."""
+    if not path.exists():
+        return []
+    entries = read_object(path).get("skips")
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected a list under skips")
+    for i, entry in enumerate(entries):
+        edges: list[Any] = [entry.get(name) for name in ("start", "end")] if isinstance(entry, dict) else [None]
+        if any(type(edge) is not int for edge in edges) or not 0 <= edges[0] < edges[1]:
+            raise UserError(f"{path}: skips[{i}]: expected whole numbers 0 ≤ start < end, found {entry!r}")
+    return entries
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -74,6 +74,61 @@ def test_the_stream_is_one_for_any_world_workers_and_resume(
         assert torch.equal(labels, labels0)
 
 
+SKIPPED = [(0, 1), (3, 5), (4, 6), (7, 8)]  # in global batches; batches 1, 2, 6, 8 are left
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "workers", "from_batch"),
+    [(1, 48, 2, 0), (1, 16, 0, 3), (2, 8, 0, 1), (2, 24, 2, 5), (4, 3, 0, 0), (4, 12, 2, 7), (3, 1, 0, 2)],
+)
+def test_skipped_ranges_leave_the_rest_of_the_stream_as_it_was(
+    stream, digits, world_size, micro_batch, workers, from_batch
+):
+    mixup, expected = stream
+    left = [batch for batch in (1, 2, 6, 8) if batch >= from_batch]
+    section = DataSection(DIGITS, mixup=mixup, num_workers=workers)
+    accumulation = GLOBAL_BATCH // (world_size * micro_batch)
+    loaders = [
+        train_loader(
+            digits, section, world_size=world_size, micro_batch=micro_batch, rank=rank, position=from_batch * GLOBAL_BATCH,
+            skipped=[[start * GLOBAL_BATCH, end * GLOBAL_BATCH] for start, end in SKIPPED],
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    for batch in left:
+        assert {loader.position for loader in loaders} == {batch * GLOBAL_BATCH}
+        got = [next(loader) for loader in loaders for _ in range(accumulation)]
+        images, labels, positions = expected[batch]
+        assert [position for one in got for position in one.positions] == positions
+        assert torch.equal(torch.cat([one.images for one in got]), images)
+        assert torch.equal(torch.cat([one.labels for one in got]), labels)
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize(("position", "skipped"), [(0, [(0, 50)]), (10, [(48, 96)]), (0, [(12, 48)])])
+def test_only_whole_global_batches_can_be_skipped(digits, position, skipped):
+    with pytest.raises(AssertionError, match="batches of 48"):
+        train_loader(digits, DataSection(DIGITS), position=position, skipped=skipped)
+
+
+def test_keys_are_the_names_of_the_images_at_positions(digits, damaged, tmp_path):
+    loader = train_loader(digits, DataSection(DIGITS))
+    wanted = [digits.read(order(5, position, 360))[2] for position in (3, 361, 0)]
+    assert loader.keys([3, 361, 0]) == wanted
+    assert loader.keys([]) == []
+    loader = train_loader(build_source(damaged, "train"), DataSection(damaged), global_batch=20, micro_batch=20)
+    assert sorted(loader.keys(range(20)))[3] == "a/03.png"  # also of an image that cannot be decoded
+
+
+def test_keys_of_images_that_cannot_be_read_are_their_numbers(damaged, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "RETRY_AFTER_SECONDS", ())
+    loader = train_loader(build_source(damaged, "train"), DataSection(damaged), global_batch=20, micro_batch=20)
+    (tmp_path / "b" / "15.png").unlink()
+    keys = loader.keys([next(p for p in range(20) if order(5, p, 20) == 15)])
+    assert keys[0].startswith("image 15 (cannot be read: ")
+
+
 def test_the_stream_is_what_order_says(digits):
     section = DataSection(SourceSection("digits", split="eval", transforms=[]))
     for images, labels, positions in global_batches(digits, section, STEPS):

@@ -25,6 +25,7 @@ from vitds.checkpoint.state import RunState
 from vitds.data import DataSection, SourceSection, TrainLoader, build_sources, to_model_range
 from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
 from vitds.optim.groups import build_groups
+from vitds.run_directory import RunDirectory
 from vitds.schedules import build_schedule
 from vitds.zero.engine import TrainingEngine, init_distributed
 from vitds.zero.observe import observed
@@ -112,9 +113,11 @@ class Trainer:
             "train_batch_size": BATCH,
             "zero_optimization": section["zero_optimization"],
         }
-        self.state = RunState(self.engine, self.model, self.schedule, resolved, VitdsImageProcessor(8, 8))
-        self.directory = directory
-        self.progress, _ = self.state.restore(directory, CheckpointSection(), None)
+        processor, run_directory = VitdsImageProcessor(8, 8), RunDirectory(directory)
+        self.state = RunState(
+            self.engine, self.model, self.schedule, resolved, processor, run_directory, CheckpointSection()
+        )
+        self.progress, _ = self.state.restore()
         source, _ = build_sources(DATA, 10)
         self.loader = TrainLoader(
             source, DATA, image_size=8, num_classes=10, seed=0, global_batch=BATCH, micro_batch=micro, rank=dist.rank(),
@@ -149,15 +152,14 @@ class Trainer:
 
 def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     this = RUNS[name]
-    checkpoints = scratch / "checkpoints"
-    unbroken = Trainer(this, checkpoints)
+    unbroken = Trainer(this, scratch)
     for shard in unbroken.engine.master_shards():
         initial = unbroken.model.initial_tensor(shard.name, 0).view(-1)[shard.start : shard.start + shard.data.numel()]
         assert torch.equal(shard.data.detach(), initial), (
             f"{name}: step-0 master {shard.name} is not the fp32 initial value"
         )
     losses = unbroken.train(STEPS // 2)
-    unbroken.state.save(checkpoints, unbroken.progress, CheckpointSection())
+    unbroken.state.finish(unbroken.progress)
     losses += unbroken.train(STEPS - 1)
     for shard in unbroken.engine.master_shards():
         if this.overrides and shard.name.startswith(("blocks.0.", "pos_embed")):
@@ -183,7 +185,7 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     facts["own_update"] = {k: float(v.double().square().sum()) for k, v in moved.items()}
     unbroken.engine.close()
 
-    second = Trainer(this, checkpoints)
+    second = Trainer(this, scratch)
     assert second.progress.step == STEPS // 2
     facts["resumed_losses"] = second.train(STEPS)
     again = second.held()

@@ -8,14 +8,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from vitds import dist
 from vitds.data.batch import Batch
+from vitds.data.order import merged, orders
 from vitds.data.samples import BadSample, EvalBatches, Images, Prepared, TrainBatches, too_many_bad
 from vitds.data.section import DataSection, SourceSection
 from vitds.data.sources import Role, Source, check_classes
@@ -27,7 +29,8 @@ class TrainLoader:
     """Endless iterator over this rank's micro-batches, in step order.
 
     The stream of global batches is a pure function of (source, section, image_size, seed, global_batch, position):
-    neither the world size nor the micro-batch nor the number of workers changes a pixel of it.
+    neither the world size nor the micro-batch nor the number of workers changes a pixel of it. The ranges [start, end)
+    of `skipped`, whole global batches each, are left out of it, and change nothing of the rest.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         position: int = 0,
+        skipped: Sequence[Sequence[int]] = (),
     ) -> None:
         self._batches = TrainBatches(
             _images(source, section, section.train, "train", image_size, num_classes),
@@ -53,6 +57,7 @@ class TrainLoader:
             micro_batch=micro_batch,
             rank=rank,
             world_size=world_size,
+            skipped=tuple(merged(skipped)),
         )
         self._feed = _Feed(self._batches, itertools.count(), section)
         self._delivered = 0
@@ -72,7 +77,17 @@ class TrainLoader:
     @property
     def position(self) -> int:
         """Position of the global batch to which the next micro-batch belongs."""
-        return self._batches.position + self._delivered // self._batches.accumulation * self._batches.global_batch
+        return self._batches.global_start(self._delivered)
+
+    def keys(self, positions: Sequence[int]) -> list[str]:
+        """By which names a person finds the images at these positions. Reads the source again, and never fails."""
+        images, found = self._batches.images, []
+        for index in orders(self._batches.seed, np.array(positions), len(images.source)).tolist():
+            try:
+                found.append(images.source.read(index)[2])
+            except Exception as error:  # a report on one mistake must not end in another
+                found.append(f"image {index} (cannot be read: {error})")
+        return found
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -225,13 +240,14 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _obey_only_the_parent(worker: int) -> None:
-    """Makes this worker end on SIGTERM from its rank alone.
+    """Makes this worker end on SIGTERM from its rank alone, and deaf to SIGINT and SIGUSR1.
 
     A job's end is signalled to all its processes at once; a worker that died of it would fail the rank, which still has
     a checkpoint to save.
     """
     parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     def wait_for_parent() -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from vitds.data.batch import Batch
 from vitds.data.images import BadImage, decode
-from vitds.data.order import orders
+from vitds.data.order import batch_start, orders
 from vitds.data.randomness import augmentation_rng, mixup_rng
 from vitds.data.sources import Role, Source
 from vitds.data.transforms import Transform
@@ -114,10 +114,15 @@ class TrainBatches(Dataset[Prepared]):
     micro_batch: int
     rank: int
     world_size: int
+    skipped: tuple[tuple[int, int], ...] = ()
+    """Ranges [start, end) of positions that the stream hops over; they and `position` are whole global batches."""
 
     def __post_init__(self) -> None:
         slices = self.micro_batch * self.world_size
         assert self.global_batch % slices == 0, f"{self.global_batch} images in slices of {slices}"
+        for start, end in self.skipped:
+            aligned = {start % self.global_batch, end % self.global_batch, self.position % self.global_batch} == {0}
+            assert aligned and start < end, f"{start} to {end} from {self.position}, batches of {self.global_batch}"
 
     @property
     def accumulation(self) -> int:
@@ -126,10 +131,13 @@ class TrainBatches(Dataset[Prepared]):
 
     def positions(self, number: int) -> range:
         """Positions of micro-batch `number`: of the global batch at [p, p + B), rank r has [p + rB/W, p + (r+1)B/W)."""
-        step, part = divmod(number, self.accumulation)
-        first = self.position + step * self.global_batch
-        first += (self.rank * self.accumulation + part) * self.micro_batch
+        part = number % self.accumulation
+        first = self.global_start(number) + (self.rank * self.accumulation + part) * self.micro_batch
         return range(first, first + self.micro_batch)
+
+    def global_start(self, number: int) -> int:
+        """Position at which the global batch of micro-batch `number` begins."""
+        return batch_start(number // self.accumulation, self.position, self.global_batch, self.skipped)
 
     def __getitem__(self, number: int) -> Prepared:
         bad_samples: list[BadSample] = []

@@ -7,7 +7,7 @@ import sys
 from typing import TextIO
 
 
-class Progress:
+class ProgressLine:
     """One line per logged step; a terminal shows only the newest.
 
     Args:

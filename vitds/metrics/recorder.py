@@ -13,9 +13,9 @@ from typing import Any, TextIO
 import torch
 
 from vitds import dist
-from vitds.json_files import append_row
+from vitds.json_files import Expendable, append_row
 from vitds.metrics.monitors import Monitor, MonitorSections, open_monitors, tensorboard_directory
-from vitds.metrics.progress import Progress
+from vitds.metrics.progress_line import ProgressLine
 
 MAX_PICTURES = 64
 
@@ -48,56 +48,68 @@ class Recorder:
         run_file: dict[str, Any] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        self._monitors: list[Monitor] = []
+        self._monitors: list[tuple[Monitor, Expendable]] = []
         self._is_main = dist.is_main()
-        self._first_step = first_step
+        self._first_step, self._shown = first_step, False
         if not self._is_main:
             return
         path = Path(run_directory)
         self._rows = path / "metrics.jsonl"
-        self._progress = Progress(total_steps, global_batch, stream)
-        self._monitors = open_monitors(monitors, path, first_step, run_file or {})
+        self._writing, self._speaking = Expendable(self._rows), Expendable("the console")
+        self._progress = ProgressLine(total_steps, global_batch, stream)
+        opened = open_monitors(monitors, path, first_step, run_file or {})
+        self._monitors = [(monitor, Expendable(type(monitor).__name__)) for monitor in opened]
         if run_file is not None:
             text = json.dumps(run_file, indent=2, ensure_ascii=False)
-            for monitor in self._monitors:
-                monitor.text("run_file", "    " + text.replace("\n", "\n    "), first_step)
+            for monitor, showing in self._monitors:
+                with showing:
+                    monitor.text("run_file", "    " + text.replace("\n", "\n    "), first_step)
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log what is known after `step` updates: {metric: number or tensor of one element}.
 
         A step may have several rows, and after a resume be logged again; of each metric the last value counts
-        (`read_metrics`). A number that is not finite is null in metrics.jsonl.
+        (`read_metrics`). A number that is not finite is null in metrics.jsonl. Where there is no room for a row the run
+        goes on without it, and says so once.
         """
         if not self._is_main:
             return
         row = {name: float(value) for name, value in metrics.items()}
-        append_row(self._rows, {"step": step, **row})
-        self._progress.show(step, row)
-        for monitor in self._monitors:
-            monitor.scalars(step, row)
+        with self._writing:
+            append_row(self._rows, {"step": step, **row})
+        with self._speaking:
+            self._progress.show(step, row)
+        for monitor, showing in self._monitors:
+            with showing:
+                monitor.scalars(step, row)
 
     def first_batch(self, images: torch.Tensor) -> None:
-        """Show the first augmented batch: (B, 3, S, S), uint8, or floating point in [−1, 1]."""
-        if not self._monitors:
+        """Show the first augmented batch that is given: (B, 3, S, S), uint8, or floating point in [−1, 1]."""
+        if not self._monitors or self._shown:
             return
+        self._shown = True
         images = images[:MAX_PICTURES].detach().cpu()
         if images.is_floating_point():
             images = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        for monitor in self._monitors:
-            monitor.pictures("first_batch", images, self._first_step)
+        for monitor, showing in self._monitors:
+            with showing:
+                monitor.pictures("first_batch", images, self._first_step)
 
     def say(self, text: str) -> None:
         """Print a line that the progress line does not overwrite."""
         if self._is_main:
-            self._progress.say(text)
+            with self._speaking:
+                self._progress.say(text)
 
     def close(self) -> None:
-        """Everything recorded is on disk afterwards."""
+        """Everything recorded is on disk afterwards, if there is room for it."""
         if not self._is_main:
             return
-        self._progress.close()
-        for monitor in self._monitors:
-            monitor.close()
+        with self._speaking:
+            self._progress.close()
+        for monitor, showing in self._monitors:
+            with showing:
+                monitor.close()
 
 
 def read_metrics(run_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -108,24 +108,30 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Throughput:
-    """Images per second of training, and the share of that time spent waiting for data.
+    """Images per second of training, and the share of that time spent waiting for data. The first step, which compiles,
+    does not count.
 
     Take `rates` only after a number was read back from the device (the loss, say), so that the work counted is done.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self._warm = False
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted, for example the first step, which compiles."""
+        """Forget what was counted."""
         self._since = self._clock()
         self._images = 0
         self._waited = self._paused = 0.0
 
     def count(self, images: int) -> None:
         """`images` of all ranks have been trained on."""
-        self._images += images
+        if self._warm:
+            self._images += images
+        else:
+            self._warm = True
+            self.restart()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

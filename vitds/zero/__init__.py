@@ -1,1 +1,7 @@
-"""The only room that imports DeepSpeed: builds its engine, and knows what each rank holds under every ZeRO stage."""
+"""DeepSpeed, and what must be known about it: the only room that imports it."""
+
+from vitds.zero.engine import TrainingEngine, init_distributed, precision
+from vitds.zero.observe import observed
+from vitds.zero.replay import explain
+
+__all__ = ["TrainingEngine", "explain", "init_distributed", "observed", "precision"]

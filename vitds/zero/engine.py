@@ -23,7 +23,7 @@ from vitds.optim import OPTIMIZERS, LayoutOptimizer, constructor_params
 from vitds.optim.elementwise import assert_elementwise
 from vitds.optim.groups import Group
 from vitds.zero.foreign import ForeignState
-from vitds.zero.partitions import Partitions, loss_scaler_state, restore_loss_scaler
+from vitds.zero.partitions import Partitions, loss_scaler_state, restore_loss_scaler, without_update
 
 OWN_NAMES = ("Adam", "AdamW", "Lion")
 """DeepSpeed's own elementwise optimizers, by its names; it builds them itself from the JSON."""
@@ -128,9 +128,14 @@ class TrainingEngine:
         """Add one micro batch's gradient; reduced over the ranks where the stage does so."""
         self.deepspeed.backward(loss)
 
-    def step(self) -> bool:
+    def step(self, drop: bool = False) -> bool:
         """After each micro batch's backward. True when the weights were updated, False inside an accumulation or
-        when DeepSpeed found a gradient that is not finite and skipped the update."""
+        when DeepSpeed found a gradient that is not finite and skipped the update.
+
+        Args:
+            drop: at the end of an accumulation, throw its gradient away: the weights, the optimizer's state and
+                counters and the loss scale stay as they are.
+        """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
             return False
@@ -140,16 +145,17 @@ class TrainingEngine:
             # Here DeepSpeed has no norm to give, and would step with gradients that are not finite.
             gradients = [p.grad for p in self.partitions.parameters.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not math.isfinite(self._norm):
+            if drop or not math.isfinite(self._norm):
                 self.deepspeed.zero_grad()
                 self.deepspeed.micro_steps += 1
                 return False
         scale = self._wrapper_scale()
-        self.deepspeed.step()
+        with without_update(self.deepspeed) if drop else contextlib.nullcontext():
+            self.deepspeed.step()
         if not unwrapped:
             norm = self.deepspeed.get_global_grad_norm()
             self._norm = float(norm) / scale if norm is not None else math.nan
-        return self.deepspeed.skipped_steps == before
+        return not drop and self.deepspeed.skipped_steps == before
 
     @property
     def gradient_norm(self) -> float:
@@ -184,6 +190,13 @@ class TrainingEngine:
             to_fill: before the first step, to be filled from a checkpoint.
         """
         return self.optimizer.state_shards() if self.foreign is None else self.foreign.shards(to_fill)
+
+    def forget(self) -> None:
+        """Drop the optimizer's state, as before the first step; the weights stay."""
+        if self.foreign is None:
+            self.optimizer.state.clear()
+        else:
+            self.foreign.forget()
 
     def refresh_weights(self) -> None:
         """Make the computing weights follow the masters. Collective."""

@@ -31,10 +31,14 @@ class ForeignState:
         self.tensors: dict[str, torch.dtype] = {}
         self.state_scalars: dict[str, Any] = {}
         # A build-time step of DeepSpeed's (ZeRO-0 in 16 bits) leaves counts behind; the run starts from none.
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            group.pop("step", None)
+        self.forget()
         self.group_scalars = self._learn()
+
+    def forget(self) -> None:
+        """Drop everything kept, counts included."""
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group.pop("step", None)
 
     def _learn(self) -> list[str]:
         """Step a small tensor with the same class and settings, and look at what it keeps."""

@@ -18,7 +18,7 @@ from vitds.layout import Flat
 from vitds.zero.engine import TrainingEngine
 
 
-@dataclass(frozen=True)
+@dataclass
 class Norms:
     """Sums of squares over one whole parameter, and its size."""
 
@@ -29,11 +29,14 @@ class Norms:
 
 
 @contextmanager
-def observed(engine: TrainingEngine) -> Iterator[dict[str, Norms]]:
-    """While open, an optimizer step fills the yielded dict, parameter name → `Norms`, when the block is left. Collective.
+def observed(engine: TrainingEngine, due: bool = True) -> Iterator[dict[str, Norms]]:
+    """While open and if it is due, an optimizer step fills the yielded dict, parameter name → `Norms`, when the block is left. Collective.
 
     Gradients are as they were before clipping; the update is what was added to the fp32 master, decay included.
     """
+    if not due:
+        yield {}
+        return
     flats = {id(flat.tensor): flat for flat in engine.partitions.flats}
     before: dict[int, torch.Tensor] = {}
     sums: dict[str, torch.Tensor] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -225,6 +226,19 @@ def restore_loss_scaler(engine: Any, state: dict[str, float]) -> None:
     for key, value in state.items():
         if scaler is not None and hasattr(scaler, key):
             setattr(scaler, key, value)
+
+
+@contextmanager
+def without_update(engine: Any) -> Iterator[None]:
+    """While open, the engine's step only clears the accumulated gradient: the optimizer inside does nothing, and the
+    loss scale is put back."""
+    optimizer, loss_scale = engine.basic_optimizer, loss_scaler_state(engine)
+    optimizer.__dict__["step"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["step"]
+        restore_loss_scaler(engine, loss_scale)
 
 
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
