@@ -8,6 +8,7 @@ import random
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,29 @@ import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing
 
-from vitds.checkpoint import gather, newest_checkpoint, save_checkpoint
+from vitds.checkpoint import Saved, Saver, newest_checkpoint, write_bandwidth
+from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
 from vitds.layout import Shard
 
-TRAINING_STATE = {"step": 12, "position": 2**40, "skipped": [[3, 5]], "lr": 0.1, "note": "ü"}
+TRAINING_STATE: dict[str, Any] = {
+    "step": 12,
+    "position": 2**40,
+    "images_seen": 2**39,
+    "skipped": [[3, 5]],
+    "evaluated": 0,
+    "losses": [2.5, 1 / 3],
+    "stream": {"seed": 0, "global_batch": 16, "rates": {"head": [0.1, 0.03, False]}},
+    "schedule": {"type": "constant", "total_steps": 50, "params": {"warmup_steps": 0, "cooldown_steps": 5}},
+    "optimizer": {"type": "ModifiedAdafactor", "params": {"lr": 0.1}},
+    "counters": {"optimizer": {"updates": 12}, "loss_scale": {}},
+    "evaluation": {"eval/top1": 0.25},
+    "world_size": 3,
+    "zero_stage": 2,
+    "versions": {"vitds": "0.1.0"},
+    "note": "ü",
+}
 EXTRA: dict[str, str | bytes] = {"config.json": '{"model_type": "vit"}', "README.md": "# ViT ü".encode()}
-SMALL_FILES = {"model_file_bytes": 250, "optimizer_file_bytes": 300}
+SMALL_FILES = {"file_bytes": 300, "min_file_bytes": 100, "bucket_bytes": 24}
 WEIGHTS = {
     "blocks.2.w": (10, 3),
     "blocks.10.w": (4, 4),
@@ -72,16 +90,32 @@ def zeroed(given: list[Shard]) -> list[Shard]:
     return [Shard(s.name, s.shape, torch.zeros_like(s.data), s.start, s.group, s.replicated) for s in given]
 
 
+def save(
+    directory: Path,
+    step: int,
+    weights: list[Shard],
+    state: list[Shard],
+    training_state: dict[str, Any],
+    extra_files: dict[str, str | bytes],
+    *,
+    background: bool = True,
+    **sizes: int,
+) -> Saved:
+    """Begin and commit at once."""
+    saver = Saver(directory, background=background, **{**SMALL_FILES, **sizes})
+    saver.begin(step, {MODEL: weights, OPTIMIZER: state}, {**training_state, "step": step}, extra_files)
+    return saver.commit()
+
+
 def load_and_save_again(source: Path, target: Path, rank: int, world: int) -> bool:
     """Load at this world size, compare bit for bit with what the rank should hold, save what was loaded."""
     weights, state = (shards(tensors, rank, world) for tensors in logical())
     checkpoint = newest_checkpoint(source)
     assert checkpoint is not None
     got_weights, got_state = zeroed(weights), zeroed(state)
-    checkpoint.read_into(got_weights)
-    checkpoint.read_into(got_state)
+    checkpoint.read_into({MODEL: got_weights, OPTIMIZER: got_state})
     equal = all(bits(a.data) == bits(b.data) for a, b in zip(weights + state, got_weights + got_state, strict=True))
-    save_checkpoint(target, checkpoint.step, got_weights, got_state, checkpoint.training_state, EXTRA, **SMALL_FILES)
+    save(target, checkpoint.step, got_weights, got_state, checkpoint.training_state, EXTRA)
     return equal and checkpoint.training_state == TRAINING_STATE
 
 
@@ -93,46 +127,92 @@ def failure_of(action: Any) -> str:
     return ""
 
 
+def first_world(rank: int, world: int, root: Path, weights: list[Shard], state: list[Shard]) -> dict[str, Any]:
+    """Save, and fail to save in every way; what the rank was told."""
+    found: dict[str, Any] = {}
+    save(root / "first", 12, weights, state, TRAINING_STATE, EXTRA)
+    save(root / "synchronous", 12, weights, state, TRAINING_STATE, EXTRA, background=False)
+    for absent in range(world):
+        cut = [Shard("cut", (9,), torch.ones(3), 3 * rank, torch_dist.group.WORLD)] if rank != absent else []
+        found[f"hole {absent}"] = failure_of(partial(save, root / "hole", 1, weights + cut, state, {}, {}))
+    twice = weights + [s for s in weights if rank == 2 and s.name == "blocks.2.w"]
+    found["twice"] = failure_of(lambda: save(root / "hole", 1, twice, state, {}, {}))
+    blocked = root / "a file"
+    if rank == 0:
+        blocked.write_text("in the way of a directory")
+    found["blocked"] = failure_of(lambda: save(blocked, 1, weights, state, {}, {}))
+    found["not json"] = failure_of(lambda: save(root / "first", 13, weights, state, {"x": math.nan}, {}))
+    large = [Shard("large", (3 * 40_000,), torch.full((40_000,), float(rank)), rank * 40_000, torch_dist.group.WORLD)]
+    for full in range(world):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        for background in (True, False):
+            found[f"full disk of rank {full}, {background}"] = failure_of(
+                partial(
+                    save, root / "first", 14, weights + large, state, {}, {}, background=background, bucket_bytes=2**14
+                )
+            )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    own = root / ("first" if rank != 1 else "elsewhere")
+    if rank == 1:
+        (own / "step-000000015.tmp").mkdir(parents=True)
+    found["not shared"] = failure_of(lambda: save(own, 15, weights, state, {}, {}))
+    if rank == 1:
+        found["left elsewhere"] = [path.name for path in own.iterdir()]
+    found["not mounted"] = failure_of(lambda: save(own, 15, weights, state, {}, {}))
+    found["two begun"] = two_begun(root / "two", weights, state)
+    found["bandwidth"] = write_bandwidth(root / "two", 100_000), len(list((root / "two").iterdir()))
+    return found
+
+
+def two_begun(directory: Path, weights: list[Shard], state: list[Shard]) -> Any:
+    """A second save begins while the first is pending; between them the state moves, and so does the first's plan."""
+    saver = Saver(directory, **SMALL_FILES)
+    tensors = {MODEL: weights, OPTIMIZER: state, EMA: weights}
+    assert not saver.pending
+    assert not saver.busy
+    assert saver.begin(1, tensors, {**TRAINING_STATE, "step": 1}, EXTRA) is None
+    assert saver.pending
+    for shard in weights:
+        shard.data.add_(1)
+    first = saver.begin(2, tensors, {**TRAINING_STATE, "step": 2}, EXTRA)
+    assert first is not None
+    assert saver.pending
+    for shard in weights:
+        shard.data.sub_(1)
+    second = saver.commit()
+    assert not saver.pending
+    assert not saver.busy
+    shares = saver.plan(tensors), saver.plan({MODEL: weights, OPTIMIZER: []})
+    return first.path.name, second.path.name, first.bytes, second.background, second.note, shares
+
+
 def work(rank: int, world: int, root: Path) -> None:
     """One rank of a world: the first world saves, every world loads what the first saved and saves it again."""
-    torch.set_num_threads(1)
-    torch_dist.init_process_group("gloo", init_method=f"file://{root}/store-{world}", rank=rank, world_size=world)
-    gather.CHUNK_BYTES = 24
+    join(rank, world, root)
     weights, state = (shards(tensors, rank, world) for tensors in logical())
     found: dict[str, Any] = {}
     if world == 3:
-        save_checkpoint(root / "first", 12, weights, state, TRAINING_STATE, EXTRA, **SMALL_FILES)
-        for absent in range(world):
-            cut = [Shard("cut", (9,), torch.ones(3), 3 * rank, torch_dist.group.WORLD)] if rank != absent else []
-            found[f"hole {absent}"] = failure_of(
-                partial(save_checkpoint, root / "hole", 1, weights + cut, state, {}, {})
-            )
-        twice = weights + [s for s in weights if rank == 2 and s.name == "blocks.2.w"]
-        found["twice"] = failure_of(lambda: save_checkpoint(root / "hole", 1, twice, state, {}, {}))
-        blocked = root / "a file"
-        if rank == 0:
-            blocked.write_text("in the way of a directory")
-        found["blocked"] = failure_of(lambda: save_checkpoint(blocked, 1, weights, state, {}, {}))
-        found["not json"] = failure_of(lambda: save_checkpoint(root / "first", 13, weights, state, {"x": math.nan}, {}))
-        large = [
-            Shard("large", (3 * 40_000,), torch.full((40_000,), float(rank)), rank * 40_000, torch_dist.group.WORLD)
-        ]
-        gather.CHUNK_BYTES = 2**14
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if rank == 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        found["full disk"] = failure_of(lambda: save_checkpoint(root / "first", 14, large, state, {}, {}))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        gather.CHUNK_BYTES = 24
+        found |= first_world(rank, world, root, weights, state)
     found["equal"] = load_and_save_again(root / "first", root / f"again-{world}", rank, world)
+    leave(found, rank, world, root)
+
+
+def join(rank: int, world: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{root}/store-{world}", rank=rank, world_size=world)
+
+
+def leave(found: dict[str, Any], rank: int, world: int, root: Path) -> None:
     (root / f"found-{world}-{rank}.json").write_text(json.dumps(found))
     torch_dist.barrier()
     torch_dist.destroy_process_group()
 
 
-def launch(world: int, root: Path) -> list[dict[str, Any]]:
-    """Run `work` on real processes; what each rank found."""
-    ranks = torch.multiprocessing.start_processes(work, (world, root), nprocs=world, join=False, start_method="fork")
+def launch(world: int, root: Path, of_rank: Callable[[int, int, Path], None] = work) -> list[dict[str, Any]]:
+    """Run `of_rank` on real processes; what each rank found."""
+    ranks = torch.multiprocessing.start_processes(of_rank, (world, root), nprocs=world, join=False, start_method="fork")
     deadline = time.monotonic() + 90
     while not ranks.join(timeout=1):
         if time.monotonic() > deadline:
@@ -146,4 +226,4 @@ def small_checkpoint(directory: Path | None = None, step: int = 12, **sizes: int
     """A checkpoint written by a world of one."""
     weights, state = (shards(tensors, 0, 1) for tensors in logical())
     directory = directory or Path(tempfile.mkdtemp())
-    return save_checkpoint(directory, step, weights, state, TRAINING_STATE, EXTRA, **(sizes or SMALL_FILES))
+    return save(directory, step, weights, state, {**TRAINING_STATE, "step": step}, EXTRA, **sizes).path

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_ranks import small_checkpoint
+from checkpoint_ranks import TRAINING_STATE, small_checkpoint
+from corruption import DAMAGES as FILE_DAMAGES
+from corruption import averaged_checkpoint, files, outcomes, prepared
 from safetensors.torch import save_file
 
-import vitds.checkpoint.save
+import vitds.checkpoint.directory
 from vitds.checkpoint import WeightsFile, newest_checkpoint, open_checkpoint, remove_leftovers
 from vitds.checkpoint.files import parse_json
 from vitds.errors import UserError
@@ -159,7 +161,7 @@ def in_a_process_that_dies(action: Callable[[], object]) -> None:
 def test_a_death_between_data_and_manifest_leaves_nothing_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vitds.checkpoint.save, "write_manifest", lambda *_: os._exit(9))
+    monkeypatch.setattr(vitds.checkpoint.directory, "write_manifest", lambda *_: os._exit(9))
     in_a_process_that_dies(lambda: small_checkpoint(tmp_path))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000012.tmp"]
@@ -176,14 +178,14 @@ def test_a_death_while_a_directory_is_replaced_gives_the_old_one_back(
     before = (path / "manifest.json").read_bytes()
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: rename(a, b) if str(b).endswith(".tmp") else os._exit(9))
-    in_a_process_that_dies(lambda: small_checkpoint(tmp_path, model_file_bytes=10**9))
+    in_a_process_that_dies(lambda: small_checkpoint(tmp_path, file_bytes=10**9, min_file_bytes=10**9))
     monkeypatch.undo()
     assert newest_checkpoint(tmp_path) is None
     remove_leftovers(tmp_path)
     assert [found.name for found in tmp_path.iterdir()] == ["step-000000012"]
     assert open_checkpoint(path)
     assert (path / "manifest.json").read_bytes() == before
-    small_checkpoint(tmp_path, model_file_bytes=10**9)
+    small_checkpoint(tmp_path, file_bytes=10**9, min_file_bytes=10**9)
     assert [found.name for found in tmp_path.iterdir()] == ["step-000000012"]
     assert open_checkpoint(path)
     assert (path / "model.safetensors").exists()
@@ -260,3 +262,166 @@ def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle"):
         WeightsFile(tmp_path / "hf")
+
+
+@pytest.fixture(scope="module")
+def beside_a_good_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("corruption"))
+
+
+def test_the_matrix_covers_every_kind_of_file(beside_a_good_one: Path) -> None:
+    names = files(beside_a_good_one)
+    assert len(names) == 13
+    assert {"model.ema-00002-of-00002.safetensors", "model.safetensors.index.ema.json", "manifest.json"} <= set(names)
+
+
+FILES = [
+    "manifest.json",
+    "training_state.json",
+    "config.json",
+    "README.md",
+    *(f"{kind}-0000{i}-of-00002.safetensors" for kind in ("model", "model.ema", "optimizer") for i in (1, 2)),
+    "model.safetensors.index.json",
+    "model.safetensors.index.ema.json",
+    "optimizer.safetensors.index.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", FILE_DAMAGES)
+def test_corruption(beside_a_good_one: Path, damage: str, name: str) -> None:
+    """tests/checkpoint/corruption.py prints the counts of this matrix."""
+    found = outcomes(beside_a_good_one, name, damage)
+    assert set(found) <= {"passed over", "refused"}, found
+    assert found.total() == (16 if damage == "bit flipped" else 1)
+
+
+def with_state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        edit(directory / "training_state.json", change)
+        reseal(directory)
+
+    return damage
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    **{
+        f"no {key}": (lambda s, key=key: s.pop(key), f"training_state.json: {key}")  # type: ignore[misc]
+        for key in TRAINING_STATE
+        if key != "note"
+    },
+    "position a string": (lambda s: s.update(position="7"), "position: expected a whole number, found '7'"),
+    "position a float": (lambda s: s.update(position=7.0), "position: expected a whole number, found 7.0"),
+    "position negative": (lambda s: s.update(position=-1), "position: expected at least 0, found -1"),
+    "images true": (lambda s: s.update(images_seen=True), "images_seen: expected a whole number, found True"),
+    "step absurd": (lambda s: s.update(step=2**70), "step: expected at least 0"),
+    "of another step": (lambda s: s.update(step=13), "step: 13, in a checkpoint of step 12"),
+    "skipped flat": (lambda s: s.update(skipped=[3, 5]), "skipped[0]: expected a list"),
+    "skipped three": (lambda s: s.update(skipped=[[3, 5, 7]]), "skipped[0]: expected [start, end)"),
+    "skipped backwards": (lambda s: s.update(skipped=[[5, 3]]), "skipped[0]: expected [start, end)"),
+    "losses of words": (lambda s: s.update(losses=[1.0, "nan"]), "losses[1]: expected a number"),
+    "a loss too large": (lambda s: s.update(losses=[10**400]), "a number that is too large"),
+    "stream without seed": (lambda s: s["stream"].pop("seed"), "stream.seed: missing"),
+    "stream a list": (lambda s: s.update(stream=[]), "stream.seed: missing"),
+    "batch of nothing": (lambda s: s["stream"].update(global_batch=0), "stream.global_batch: expected at least 1"),
+    "frozen a number": (lambda s: s["stream"].update(rates={"head": [1, 2, 0]}), "stream.rates.head: expected [rate"),
+    "rates malformed": (lambda s: s["stream"].update(rates={"head": [1, 2]}), "stream.rates.head"),
+    "schedule unknown": (
+        lambda s: s["schedule"].update(type="cosinus"),
+        "schedule.type: 'cosinus' is not known (did you mean 'cosine'?)",
+    ),
+    "schedule's key unknown": (
+        lambda s: s["schedule"]["params"].update(warmupsteps=1),
+        "schedule: scheduler.params.warmupsteps",
+    ),
+    "schedule of no steps": (
+        lambda s: s["schedule"].update(total_steps=0),
+        "schedule.total_steps: expected at least 1",
+    ),
+    "optimizer no name": (lambda s: s.update(optimizer={"type": 3}), "optimizer.type: expected a string"),
+    "updates negative": (lambda s: s["counters"].update(optimizer={"updates": -3}), "counters.optimizer.updates"),
+    "foreign counters": (lambda s: s["counters"].update(optimizer={"state": {}}), "counters.optimizer: group: missing"),
+    "loss scale a word": (
+        lambda s: s["counters"].update(loss_scale={"cur_scale": "big"}),
+        "counters.loss_scale.cur_scale: expected a number",
+    ),
+    "stage 4": (lambda s: s.update(zero_stage=4), "zero_stage: expected 0 to 3"),
+    "newer": (lambda s: s.update(format_version=2), "format_version 2 is newer"),
+    "no version": (lambda s: s.pop("format_version"), "no format_version"),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_training_state_that_cannot_be_is_refused_by_its_key(tmp_path: Path, change: str) -> None:
+    path = small_checkpoint(tmp_path)
+    with_state(STATES[change][0])(path)
+    with pytest.raises(UserError, match=r"training_state\.json") as refused:
+        open_checkpoint(path)
+    assert STATES[change][1] in str(refused.value)
+    with pytest.raises(UserError, match=r"training_state\.json"):
+        newest_checkpoint(tmp_path)
+
+
+def test_keys_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+    path = small_checkpoint(tmp_path)
+    with_state(lambda s: s.update(plugin={"x": 1}))(path)
+    assert open_checkpoint(path).training_state["plugin"] == {"x": 1}
+
+
+def test_what_is_not_wanted_is_passed_over_and_does_not_count_as_damage(tmp_path: Path) -> None:
+    for step in (12, 24, 36):
+        small_checkpoint(tmp_path, step)
+    said: list[str] = []
+
+    def later_than(step: int) -> Callable[[dict[str, Any]], str | None]:
+        return lambda state: "it learnt from a spike" if state["step"] > step else None
+
+    found = newest_checkpoint(tmp_path, report=said.append, passed_over=later_than(12))
+    assert found is not None
+    assert found.step == 12
+    assert [line.split(": ")[-1] for line in said[:2]] == ["it learnt from a spike"] * 2
+    assert newest_checkpoint(tmp_path, report=said.append, passed_over=later_than(0)) is None
+    assert "no checkpoint is left to go back to" in said[-1]
+    flipped(tmp_path / "step-000000012")
+    with pytest.raises(UserError, match="step-000000012: .*is not what was saved"):
+        newest_checkpoint(tmp_path, passed_over=later_than(0))
+
+
+def test_an_average_is_read_only_where_it_is_and_is_of_the_same_weights(tmp_path: Path) -> None:
+    plain, path = small_checkpoint(tmp_path / "plain"), averaged_checkpoint(tmp_path, 12, offset=0.5)
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint.kinds) == ["model", "optimizer", "model.ema"]
+    shards = [Shard(n, t.spec.shape, torch.zeros(t.spec.numel)) for n, t in checkpoint.kinds["model"].items()]
+    checkpoint.read_into({"model.ema": shards})
+    for shard in shards:
+        expected = checkpoint.read_tensor(shard.name) + 0.5
+        assert torch.equal(shard.data.nan_to_num(), expected.nan_to_num()), shard.name
+    for name in ("pos_embed", "logit_scale"):
+        weights, average = (WeightsFile(path, kind).read_tensor(name) for kind in ("model", "model.ema"))
+        assert torch.equal(average, weights + 0.5)
+    with pytest.raises(UserError, match=r"holds no model\.ema"):
+        WeightsFile(plain, "model.ema")
+    with pytest.raises(UserError, match=r"holds no model\.ema; it has model, optimizer"):
+        open_checkpoint(plain).read_into({"model.ema": shards})
+    with pytest.raises(UserError, match="nothing here asks for it"):
+        checkpoint.read_into({"model.ema": shards[1:]})
+    edit(path / "model.safetensors.index.ema.json", lambda index: index["weight_map"].pop("pos_embed"))
+    reseal(path)
+    with pytest.raises(UserError, match=r"'pos_embed' is not the same in model and in model\.ema"):
+        open_checkpoint(path)
+
+
+def test_a_hugging_face_directory_may_be_of_links(tmp_path: Path) -> None:
+    """Its cache keeps the files elsewhere; a checkpoint of ours that does so is refused (`test_corruption`)."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_file({"a": torch.ones(3)}, tmp_path / "blobs" / "0f")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0f")
+    assert torch.equal(WeightsFile(tmp_path / "snapshot").read_tensor("a"), torch.ones(3))
+
+
+def test_a_link_within_the_checkpoint_is_read(tmp_path: Path) -> None:
+    path = small_checkpoint(tmp_path)
+    (path / DATA).rename(path / "kept")
+    (path / DATA).symlink_to("kept")
+    assert open_checkpoint(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from checkpoint_ranks import small_checkpoint
 
-from vitds.checkpoint import CheckpointSection, newest_checkpoint, prune, remove_leftovers
+from vitds.checkpoint import CheckpointSection, finish_deletions, newest_checkpoint, prune, remove_leftovers
 from vitds.errors import UserError
 from vitds.sections import Duration, parse
 
@@ -30,6 +30,7 @@ def steps(directory: Path) -> list[int]:
 def test_prune(tmp_path: Path, keep_last: int, keep_every: int | None, newest: int | None, kept: list[int]) -> None:
     paths = {step: small_checkpoint(tmp_path, step) for step in (10, 20, 30, 40, 50)}
     deleted = prune(tmp_path, keep_last, keep_every, paths.get(newest or 0))
+    finish_deletions()
     assert steps(tmp_path) == kept
     assert sorted(deleted) == [path for step, path in paths.items() if step not in kept]
 
@@ -45,11 +46,24 @@ def test_the_only_whole_one_is_never_deleted(tmp_path: Path) -> None:
     assert checkpoint.step == 10
 
 
+def test_what_cannot_be_deleted_does_not_stop_the_run(tmp_path: Path) -> None:
+    for step in (10, 20):
+        small_checkpoint(tmp_path, step)
+    (tmp_path / "step-000000010.deleted.tmp").write_text("in the way")
+    assert prune(tmp_path, 1, None) == []
+    assert prune(tmp_path / "gone", 1, None) == []
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.step == 20
+    assert (tmp_path / "step-000000010").is_dir()
+
+
 def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
     small_checkpoint(tmp_path, 10)
-    for name in ("step-000000020.tmp", "step-000000010.replaced.tmp", "mine.tmp", "step-20.tmp"):
+    gone = ["step-000000010.deleted.tmp", "step-000000010.replaced.tmp", "step-000000020.tmp"]
+    for name in (*gone, "mine.tmp", "step-20.tmp"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in remove_leftovers(tmp_path)] == ["step-000000010.replaced.tmp", "step-000000020.tmp"]
+    assert [path.name for path in remove_leftovers(tmp_path)] == gone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.tmp", "step-000000010", "step-20.tmp"]
     assert remove_leftovers(tmp_path / "none") == []
 

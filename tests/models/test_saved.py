@@ -1,6 +1,8 @@
 """What is saved opens again: transformers' Auto classes and pipeline, the image processor, the card's timm call."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import vitds
 from tests.models.test_forward import POOLS, pictures, scrambled, small
@@ -154,3 +157,31 @@ def test_card_of_every_variant_says_what_a_reader_needs() -> None:
         assert "state['head.bias'] += -10.0" in card
         compile(re.findall(r"```python\n(.*?)```", card, re.S)[1], "card", "exec")
     assert "state['head.bias']" not in model_card(small("gap", num_classes=0))
+
+
+def test_the_cards_timm_code_loads_the_weights_of_a_checkpoint_and_not_their_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run as it stands, on files as a checkpoint has them; only timm's model is replaced, by one of the same names."""
+    model = scrambled(small("map", loss="sigmoid"))
+    model.config.init_head_bias = -2.5
+    state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names = list(state)
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        save_file({name: state[name] for name in part}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+        save_file({name: state[name] + 1 for name in part}, tmp_path / f"model.ema-0000{i}-of-00002.safetensors")
+    save_file({f"{name}.exp_avg": state[name] for name in names}, tmp_path / "optimizer-00001-of-00001.safetensors")
+    loaded: dict[str, torch.Tensor] = {}
+
+    class TimmModel:
+        def load_state_dict(self, given: dict[str, torch.Tensor]) -> None:
+            loaded.update(given)
+
+    timm = types.ModuleType("timm")
+    timm.create_model = lambda *_, **__: TimmModel()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    card = model_card(model.config).replace("DIRECTORY", str(tmp_path))
+    exec(re.findall(r"```python\n(.*?)```", card, re.S)[1], {})
+    assert loaded.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(loaded[name], value - 2.5 if name == "head.bias" else value), name

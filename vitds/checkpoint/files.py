@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from vitds.errors import UserError
 
 JSON_BYTES = 100_000_000
 """The largest JSON that is read: more is damage or malice, not a checkpoint."""
-HASHED_AT_ONCE = 16 * 2**20
+HASHED_AT_ONCE = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class FileRecord:
 class DurableFile:
     """A new file, hashed while it is written and synced to the disk before `close` returns.
 
-    The hash is of what was meant to be written, not of what a disk gives back.
+    The hash is of what was meant to be written, not of what a disk gives back. Every OSError names the file.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._hash = hashlib.sha256()
         self._bytes = 0
@@ -43,22 +46,36 @@ class DurableFile:
             OSError: the disk is full, a limit is met, …
         """
         view = memoryview(data).cast("B")
-        self._hash.update(view)
         self._bytes += len(view)
-        while len(view):
-            view = view[os.write(self._handle, view) :]
+        with self._named():
+            while len(view):
+                # Hashed and written while it is in the processor's cache; both let other threads run.
+                piece, view = view[:HASHED_AT_ONCE], view[HASHED_AT_ONCE:]
+                self._hash.update(piece)
+                while len(piece):
+                    piece = piece[os.write(self._handle, piece) :]
 
     def close(self) -> FileRecord:
         """Sync, close, and tell what was written."""
-        try:
-            os.fsync(self._handle)
-        finally:
-            os.close(self._handle)
+        with self._named():
+            try:
+                os.fsync(self._handle)
+            finally:
+                os.close(self._handle)
         return FileRecord(self._bytes, self._hash.hexdigest())
 
     def abandon(self) -> None:
         """Close without a promise."""
-        os.close(self._handle)
+        with contextlib.suppress(OSError):  # on a file system that has gone, closing fails too
+            os.close(self._handle)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What fails on a handle does not know the file's name."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def write_bytes(path: Path, data: bytes) -> FileRecord:

@@ -2,18 +2,19 @@
 
     step-000012000/
       model.safetensors | model-0000i-of-0000N.safetensors + model.safetensors.index.json     fp32 weights
+      model.ema.safetensors | model.ema-0000i-… + model.safetensors.index.ema.json            their average, if kept
       optimizer-0000i-of-0000N.safetensors + optimizer.safetensors.index.json                 "<parameter>.<state>"
       training_state.json, config.json, …
       manifest.json       every other file with its bytes and SHA-256; written last
 
-Tensors are whole and carry the model's own names: N is a matter of file sizes, never of the world that wrote them.
-A directory without a valid manifest does not exist.
+Tensors are whole and carry the model's own names. N is how many files there are, no more: a reader needs to know
+nothing of the ranks that wrote them. A directory without a valid manifest does not exist.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,19 @@ from vitds.checkpoint.tensorfile import StoredTensor, TensorSpec, read_header
 from vitds.errors import UserError
 
 FORMAT_VERSION = 1
-MODEL, OPTIMIZER = "model", "optimizer"
+MODEL, OPTIMIZER, EMA = "model", "optimizer", "model.ema"
 MODEL_FILE_BYTES = 10_000_000_000
 OPTIMIZER_FILE_BYTES = 5_000_000_000
 MODEL_FILE = "model.safetensors"
 MANIFEST, TRAINING_STATE = "manifest.json", "training_state.json"
-TEMPORARY, REPLACED = ".tmp", ".replaced.tmp"
-"""Endings of a directory's name while it is written, and while a new one of the same step takes its place."""
+TEMPORARY, REPLACED, DELETED = ".tmp", ".replaced.tmp", ".deleted.tmp"
+"""Endings of a directory's name while it is written, while a new one of the same step takes its place, and while it is
+deleted."""
 
 _STEP_NAME = re.compile(r"step-(\d{9,18})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_WEIGHT_FILE = re.compile(r".*\.(safetensors|index\.json|bin|pt|pth|pkl|pickle|ckpt|msgpack|h5)")
+_WEIGHT_FILE = re.compile(r".*\.(safetensors|index(\.[^.]*)?\.json|bin|pt|pth|pkl|pickle|ckpt|msgpack|h5)")
 """Files that some loader might take for the weights. One that the manifest does not know has no business here."""
 
 
@@ -62,35 +64,19 @@ def step_of(name: str) -> int | None:
 
 
 def index_name(kind: str) -> str:
-    """`model.safetensors.index.json`."""
-    return f"{kind}.safetensors.index.json"
+    """`model.safetensors.index.json`; of a variant `model.safetensors.index.ema.json`."""
+    stem, _, variant = kind.partition(".")
+    return f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
 
 
-def assign_files(kind: str, specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Which tensors go to which file: in the order of their names, a new file when the next would pass `max_bytes`.
-
-    The assignment depends on names, shapes and dtypes alone. A tensor larger than `max_bytes` has a file to itself.
-    """
-    files: list[list[TensorSpec]] = []
-    room = 0
-    for spec in sorted(specs, key=lambda spec: _natural(spec.name)):
-        if not files or spec.nbytes > room:
-            files.append([])
-            room = max_bytes
-        files[-1].append(spec)
-        room -= spec.nbytes
-    if kind == MODEL and len(files) == 1:
-        return {MODEL_FILE: files[0]}
-    return {f"{kind}-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, start=1)}
+def file_names(kind: str, count: int) -> list[str]:
+    """The names of a kind's `count` files: weights in one file have neither number nor index."""
+    if kind != OPTIMIZER and count == 1:
+        return [f"{kind}.safetensors"]
+    return [f"{kind}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _natural(name: str) -> list[Any]:
-    """blocks.2 before blocks.10; words and numbers alternate, so that only like is compared with like."""
-    parts = re.split(r"([0-9]+)", name)
-    return [[int(part) if i % 2 else part for i, part in enumerate(parts)], name]
-
-
-def index_json(files: dict[str, list[TensorSpec]]) -> bytes:
+def index_json(files: Mapping[str, Sequence[TensorSpec]]) -> bytes:
     """The index in Hugging Face's layout: total size in bytes, and the file of each tensor."""
     return to_json(
         {

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitds import dist
-from vitds.checkpoint.format import REPLACED, TEMPORARY, check_directory, step_of
+from vitds.checkpoint.format import DELETED, REPLACED, TEMPORARY, check_directory, step_of
 from vitds.errors import UserError
 from vitds.sections import Duration, key
 
-_LEFTOVER = re.compile(rf"(step-\d{{9,18}})({re.escape(REPLACED)}|{re.escape(TEMPORARY)})")
+_LEFTOVER = re.compile(rf"(step-\d{{9,18}})({'|'.join(map(re.escape, (DELETED, REPLACED, TEMPORARY)))})")
+
+_deletions: list[threading.Thread] = []
+"""Deletions that are under way: large directories take seconds, which no step should wait for."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,22 @@ class CheckpointSection:
         None, "Checkpoints at multiples of this step are kept for good; unset: none are."
     )
     verify: str = key(
-        "full", "What a resume checks: every file's SHA-256, or only its length.", choices=("full", "size")
+        "full",
+        "What a resume checks of the files with tensors: their SHA-256, or only their lengths; all others are always hashed.",
+        choices=("full", "size"),
+    )
+    background: bool = key(
+        True, "Copy the state to host memory and write it while training goes on; false: the steps wait for the disk."
+    )
+    bucket_mib: int = key(512, "Device memory that a save may use, in MiB.")
+    on_error: str = key(
+        "continue",
+        "What a save that fails does to the run: it goes on with the checkpoints it has, or it stops. The last save of a run must succeed.",
+        choices=("continue", "stop"),
     )
 
     def __post_init__(self) -> None:
-        for name in ("keep_last", "keep_every_steps"):
+        for name in ("keep_last", "keep_every_steps", "bucket_mib"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"vitds.checkpoint.{name}: expected a whole number ≥ 1, found {value}")
@@ -41,6 +57,7 @@ class CheckpointSection:
 def prune(directory: Path, keep_last: int, keep_every_steps: int | None, newest: Path | None = None) -> list[Path]:
     """Delete the checkpoints that the policy does not keep, and return them. Acts on rank 0, after a save.
 
+    They lose their names here and their files in a thread, see `finish_deletions`. What cannot be deleted stays.
     Only whole checkpoints (by their files' lengths) count and are deleted; what is damaged stays for its owner to
     look at. One always remains.
 
@@ -55,26 +72,44 @@ def prune(directory: Path, keep_last: int, keep_every_steps: int | None, newest:
     if not dist.is_main():
         return []
     limit = step_of(newest.name) if newest is not None else None
-    steps = {path: step_of(path.name) for path in directory.iterdir() if _is_whole(path)}
+    steps = {path: step_of(path.name) for path in _listing(directory) if _is_whole(path)}
     known = sorted(
         (step, path) for path, step in steps.items() if step is not None and (limit is None or step <= limit)
     )
-    deleted = []
+    deleted: dict[Path, Path] = {}
     for step, path in known[:-keep_last]:
         if keep_every_steps is None or step % keep_every_steps:
             # Under another name first: a directory that is half deleted must not look like a checkpoint.
-            doomed = path.with_name(path.name + TEMPORARY)
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
-            deleted.append(path)
-    return deleted
+            doomed = path.with_name(path.name + DELETED)
+            with contextlib.suppress(OSError):  # tried again after the next save
+                os.rename(path, doomed)
+                deleted[path] = doomed
+    if deleted:
+        _deletions.append(threading.Thread(target=_delete, args=(list(deleted.values()),), daemon=True))
+        _deletions[-1].start()
+    return list(deleted)
+
+
+def finish_deletions() -> None:
+    """Wait for what `prune` has begun to delete. A process that ends without it leaves the rest to `remove_leftovers`."""
+    while _deletions:
+        _deletions.pop().join()
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(directory: Path) -> list[Path]:
     """Remove what saves that died have left, and return it. Acts on rank 0, at start, when nobody else may write.
 
     A checkpoint that had stepped aside for a new one of the same step, which never came, takes its name back.
+
+    Raises:
+        UserError: it cannot be removed.
     """
+    finish_deletions()
     if not dist.is_main() or not directory.is_dir():
         return []
     removed = []
@@ -83,12 +118,22 @@ def remove_leftovers(directory: Path) -> list[Path]:
         if match is None:
             continue
         name = path.with_name(match[1])
-        if match[2] == REPLACED and not name.exists():
-            os.rename(path, name)
-        else:
-            shutil.rmtree(path)
-            removed.append(path)
+        try:
+            if match[2] == REPLACED and not name.exists():
+                os.rename(path, name)
+            else:
+                shutil.rmtree(path)
+                removed.append(path)
+        except OSError as error:
+            raise UserError(f"{path}: left by a save that died, and cannot be removed: {error.strerror}") from error
     return removed
+
+
+def _listing(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:  # a mount that has gone: there is nothing to delete
+        return []
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,180 +1,301 @@
-"""Saving: whole tensors from all ranks into one directory, which exists completely or not at all."""
+"""Saving: whole tensors from all ranks into one directory, which exists completely or not at all.
+
+Every rank writes its share of the files. By default `begin` only copies the share into host memory, a thread writes it
+while training goes on, and `commit`, at a later step edge, makes it a checkpoint.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
+import threading
+import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitds import dist
-from vitds.checkpoint.files import FileRecord, sync_directory, to_json, write_bytes
-from vitds.checkpoint.format import (
-    FORMAT_VERSION,
-    MODEL,
-    MODEL_FILE,
-    MODEL_FILE_BYTES,
-    OPTIMIZER,
-    OPTIMIZER_FILE_BYTES,
-    REPLACED,
-    TEMPORARY,
-    TRAINING_STATE,
-    Manifest,
-    assign_files,
-    check_file_name,
-    directory_name,
-    index_json,
-    index_name,
-    write_manifest,
-)
-from vitds.checkpoint.gather import Gathered, agree_on_tensors, stream
-from vitds.checkpoint.tensorfile import TensorFileWriter, file_order
+from vitds.checkpoint.directory import clear, make_directory, seal, small_files
+from vitds.checkpoint.files import DurableFile
+from vitds.checkpoint.format import TEMPORARY, directory_name
+from vitds.checkpoint.gather import Plan, Row, Tensors, agree_on_plan, rows_of, share_of
+from vitds.checkpoint.share import Written, on_the_host, reason_of, write_share
+from vitds.checkpoint.tensorfile import bytes_of
 from vitds.errors import Stopped
+from vitds.host_memory import available_bytes
 from vitds.layout import Shard
 
-WRITER = 0
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on disk; the same on every rank."""
+
+    path: Path
+    step: int
+    bytes: int
+    stall_seconds: float
+    """What training waited for it: `begin` and `commit` on rank 0."""
+    write_seconds: float
+    """The longest that a rank wrote."""
+    background: bool
+    note: str | None
+    """Why it was not written in the background, though it was to be."""
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    weights: list[Shard],
-    state: list[Shard],
-    training_state: dict[str, Any],
-    extra_files: Mapping[str, str | bytes],
-    *,
-    model_file_bytes: int = MODEL_FILE_BYTES,
-    optimizer_file_bytes: int = OPTIMIZER_FILE_BYTES,
-) -> Path:
-    """Write `directory`/step-… and return it once it is durable under that name. Collective over all ranks.
+@dataclass
+class _InFlight:
+    """A save that has begun."""
 
-    What is written depends on the tensors' values alone, not on how many ranks hold them. The writer's memory grows
-    by a chunk or two (gather.CHUNK_BYTES), whatever the tensors' sizes. A directory of the same step is replaced.
+    step: int
+    final: Path
+    temporary: Path
+    plan: Plan
+    note: str | None = None
+    background: bool = False
+    written: Written | None = None
+    thread: threading.Thread | None = None
+    stall_seconds: float = 0.0
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time.
+
+    Device memory: one bucket. Host memory: one copy of this rank's share, kept from save to save, and one bucket; where
+    a host has no room for them, saves are synchronous and say so.
 
     Args:
-        directory: the run's `checkpoints/`, made if it is missing.
-        step: updates made.
-        weights: this rank's part of the model, fp32, under the model's own names.
-        state: this rank's part of the optimizer's state, "<parameter>.<state>".
-        training_state: everything else that a resume needs; strict JSON. Read on rank 0.
-        extra_files: name -> content (config.json, README.md, …). Read on rank 0.
-        model_file_bytes: largest model file; a model up to this size is one `model.safetensors`.
-        optimizer_file_bytes: largest optimizer file.
+        directory: the run's `checkpoints/`, shared by all ranks; made if it is missing.
+        background: write while training goes on; False: `begin` returns when all is written.
+        bucket_bytes: what a rank sends and receives at a time, together.
+        file_bytes: largest file, unless a single tensor is larger.
+        min_file_bytes: files are not split among ranks below this.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        background: bool = True,
+        bucket_bytes: int = 512 * 2**20,
+        file_bytes: int = 5_000_000_000,
+        min_file_bytes: int = 256 * 2**20,
+    ) -> None:
+        self.directory, self.background = directory, background
+        self._sizes = (bucket_bytes, file_bytes, min_file_bytes)
+        self._plan: tuple[dict[str, list[Row]], Plan] | None = None
+        self._host: torch.Tensor | None = None
+        self._save: _InFlight | None = None
+
+    @property
+    def pending(self) -> bool:
+        """A save has begun and is not committed; the same on every rank."""
+        return self._save is not None
+
+    @property
+    def busy(self) -> bool:
+        """This rank is still writing. Local: nobody is asked."""
+        return self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
+
+    def plan(self, tensors: Tensors) -> int:
+        """Bytes of the largest share that a rank would write of these tensors. Collective.
+
+        Raises:
+            Stopped: they cannot be saved, see `begin`.
+        """
+        try:
+            return max(self._agreed_plan(tensors).share_bytes)
+        except RuntimeError as error:
+            raise Stopped(f"the state cannot be saved: {error}") from error
+
+    def begin(
+        self,
+        step: int,
+        tensors: dict[str, list[Shard]],
+        training_state: dict[str, Any],
+        extra_files: Mapping[str, str | bytes],
+    ) -> Saved | None:
+        """Take the state as it is now; `commit` makes it `directory`/step-…. Collective.
+
+        An earlier save that is still pending is committed first, and returned.
+
+        Args:
+            step: updates made. A directory of the same step is replaced.
+            tensors: this rank's part of each kind: MODEL and, if kept, EMA, fp32 under the model's own names;
+                OPTIMIZER, "<parameter>.<state>".
+            training_state: everything else that a resume needs; strict JSON. Read on rank 0.
+            extra_files: name -> content (config.json, README.md, …). Read on rank 0.
+
+        Raises:
+            Stopped: on all ranks alike, with the first reason: no room on the disk, a directory that cannot be made,
+                training_state is not JSON, an element that no rank or two ranks hold; or the earlier save failed.
+                Nothing is left behind, earlier checkpoints stay.
+        """
+        earlier = self.commit() if self.pending else None
+        began = time.perf_counter()
+        final = self.directory / directory_name(step)
+        temporary = final.with_name(final.name + TEMPORARY)
+        small: dict[str, bytes] = {}
+
+        def prepare(plan: Plan) -> None:
+            content = {name: text.encode() if isinstance(text, str) else text for name, text in extra_files.items()}
+            small.update(small_files(plan, training_state, content))
+            make_directory(temporary, sum(plan.share_bytes))
+
+        try:
+            plan = self._agreed_plan(tensors)
+            _together(lambda: prepare(plan), only=0)
+        except RuntimeError as error:
+            if dist.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise _stopped(final, str(error)) from error
+        save = _InFlight(step, final, temporary, plan)
+        save.note = self._take_memory(plan) if self.background else None
+        host = self._host
+        if host is not None:
+            save.background, cursor = True, 0
+            for piece in share_of(plan, tensors):
+                host[cursor : cursor + piece.numel()].copy_(piece)
+                cursor += piece.numel()
+
+            def write() -> None:
+                save.written = write_share(temporary, small, plan.own_files, iter([bytes_of(host)]))
+
+            save.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            save.thread.start()
+        else:
+            save.written = write_share(temporary, small, plan.own_files, on_the_host(share_of(plan, tensors)))
+        save.stall_seconds = time.perf_counter() - began
+        self._save = save
+        return earlier
+
+    def commit(self) -> Saved:
+        """Wait for the writers and make the pending save a checkpoint. Collective.
+
+        Raises:
+            Stopped: on all ranks alike, with the first reason: a disk that is full or has gone, a file that rank 0
+                does not see. Nothing is left behind, earlier checkpoints stay.
+        """
+        began, save = time.perf_counter(), self._save
+        assert save is not None, "no save has begun"
+        self._save = None
+        if save.thread is not None:
+            save.thread.join()
+        written = save.written or Written(failure="the writing thread died")
+        answers = dist.all_objects(written)
+        hosts = save.plan.hosts
+        failures = [f"{_place(rank, hosts)}{found.failure}" for rank, found in enumerate(answers) if found.failure]
+        try:
+            if failures:
+                raise RuntimeError(failures[0])
+            _together(lambda: seal(save.temporary, save.final, save.step, hosts, answers), only=0)
+        except RuntimeError as error:
+            clear(save.temporary, written)
+            raise _stopped(save.final, str(error)) from error
+        stall = dist.broadcast_object(save.stall_seconds + time.perf_counter() - began)
+        return Saved(
+            path=save.final,
+            step=save.step,
+            bytes=sum(record.bytes for found in answers for record in found.records.values()),
+            stall_seconds=stall,
+            write_seconds=max(found.seconds for found in answers),
+            background=save.background,
+            note=save.note,
+        )
+
+    def _agreed_plan(self, tensors: Tensors) -> Plan:
+        """The plan of these tensors, made anew only if some rank's have changed."""
+        rows = rows_of(tensors)
+        if not all(dist.all_objects(self._plan is not None and self._plan[0] == rows)):
+            self._plan = None
+            self._plan = rows, agree_on_plan(rows, *self._sizes)
+        assert self._plan is not None
+        return self._plan[1]
+
+    def _take_memory(self, plan: Plan) -> str | None:
+        """Have a buffer of exactly this rank's share, on all ranks; or on none, and say why not."""
+        share, bucket = plan.share_bytes[dist.rank()], self._sizes[0]
+        if self._host is not None and self._host.numel() != share:
+            self._host = None
+        needed = bucket if self._host is not None else share + bucket
+        available = available_bytes() // plan.hosts.count(socket.gethostname())
+        room = available >= needed
+        if room and self._host is None:
+            try:
+                self._host = torch.empty(share, dtype=torch.uint8)
+            except RuntimeError:  # a limit on this process, of which the kernel's figures know nothing
+                room = False
+        answers = dist.all_objects((room, available, needed))
+        for rank, (enough, left, wanted) in enumerate(answers):
+            if not enough:
+                self._host = None
+                return (
+                    f"written synchronously: {_place(rank, plan.hosts) or 'this host: '}{left / 1e9:.2f} GB of host memory to be had, "
+                    f"{wanted / 1e9:.2f} GB wanted for a copy of its share and a bucket"
+                )
+        return None
+
+
+def write_bandwidth(directory: Path, nbytes: int) -> float:
+    """Bytes per second of the slowest rank when all at once write, hash and sync `nbytes` each; the same on all ranks.
+
+    Collective. The files are removed again.
 
     Raises:
-        Stopped: on all ranks alike, with the first reason: the disk is full or read-only, training_state is not
-            JSON, an element that no rank or two ranks hold. Nothing is left behind, earlier checkpoints stay.
+        Stopped: on all ranks alike: it cannot be written there.
     """
-    model, optimizer = agree_on_tensors(weights, WRITER), agree_on_tensors(state, WRITER)
-    for name, tensor in model.items():
-        assert tensor.spec.dtype == torch.float32, f"{name}: weights are saved as fp32, not {tensor.spec.dtype}"
-        assert name not in optimizer, f"{name} is both a parameter and a state"
-    model_files = assign_files(MODEL, [tensor.spec for tensor in model.values()], model_file_bytes)
-    optimizer_files = assign_files(OPTIMIZER, [tensor.spec for tensor in optimizer.values()], optimizer_file_bytes)
-    final = directory / directory_name(step)
-    temporary = final.with_name(final.name + TEMPORARY)
-    records: dict[str, FileRecord] = {}
+    path = directory / f"bandwidth-{dist.rank()}{TEMPORARY}"
+    block, seconds = memoryview(os.urandom(min(nbytes, 2**24))), [0.0]
 
-    def begin() -> None:
+    def write() -> None:
+        began, left = time.perf_counter(), nbytes
+        file = DurableFile(path)
+        try:
+            while left > 0:
+                file.write(block[:left])
+                left -= len(block)
+        except BaseException:
+            file.abandon()
+            raise
+        file.close()
+        seconds[0] = time.perf_counter() - began
+
+    def make() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        _check_room(directory, sum(tensor.spec.nbytes for tensor in (*model.values(), *optimizer.values())))
-        temporary.mkdir()
-        small = {name: text.encode() if isinstance(text, str) else text for name, text in extra_files.items()}
-        small[TRAINING_STATE] = to_json({**training_state, "format_version": FORMAT_VERSION})
-        small[index_name(OPTIMIZER)] = index_json(optimizer_files)
-        if MODEL_FILE not in model_files:
-            small[index_name(MODEL)] = index_json(model_files)
-        for name, content in small.items():
-            check_file_name(name, "extra_files")
-            records[name] = write_bytes(temporary / name, content)
-
-    def write(file: str, tensors: list[Gathered], shards: list[Shard]) -> None:
-        record = _write_file(temporary / file, tensors, shards)
-        if record is not None:
-            records[file] = record
-
-    def commit() -> None:
-        write_manifest(temporary, Manifest(step, records))
-        sync_directory(temporary)
-        _take_name(temporary, final)
-        sync_directory(directory)
+        path.unlink(missing_ok=True)
 
     try:
-        _together(begin, WRITER)
-        for file, specs in {**model_files, **optimizer_files}.items():
-            gathered, shards = (model, weights) if file in model_files else (optimizer, state)
-            _together(partial(write, file, [gathered[spec.name] for spec in file_order(specs)], shards))
-        _together(commit, WRITER)
-    except Exception as error:
-        if dist.rank() == WRITER:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise Stopped(f"checkpoint {final} could not be written: {error}; earlier ones are untouched") from error
-    return final
+        _together(make)
+        _together(write)
+    except RuntimeError as error:
+        raise Stopped(f"{directory}: cannot be written to: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return nbytes / max(1e-9, *dist.all_objects(seconds[0]))
 
 
 def _together(action: Callable[[], None], only: int | None = None) -> None:
-    """Run `action` on all ranks, or on one, and raise on all of them what failed on the first that failed."""
+    """Run `action` on all ranks, or on one; what failed on the first that failed is raised on all (RuntimeError)."""
     failure: Exception | None = None
     if only is None or dist.rank() == only:
         try:
             action()
         except Exception as error:
             failure = error
-    reasons = dist.all_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
-    first = next((reason for reason in reasons if reason is not None), None)
-    if first is not None:
-        raise RuntimeError(first) from failure
+    answers = dist.all_objects((None if failure is None else reason_of(failure), socket.gethostname()))
+    for rank, (reason, _) in enumerate(answers):
+        if reason is not None:
+            raise RuntimeError(f"{_place(rank, [host for _, host in answers])}{reason}") from failure
 
 
-def _write_file(path: Path, tensors: list[Gathered], shards: list[Shard]) -> FileRecord | None:
-    """One tensor file: all ranks send, the writer writes and returns its record (None elsewhere).
-
-    A writer that has failed goes on receiving to the end of the file: the senders must not wait for ever. It raises
-    after that, and the ranks agree on it before the next file.
-    """
-    failure: Exception | None = None
-    file: TensorFileWriter | None = None
-    if dist.rank() == WRITER:
-        try:
-            file = TensorFileWriter(path, [tensor.spec for tensor in tensors])
-        except Exception as error:
-            failure = error
-    for tensor in tensors:
-        for chunk in stream(tensor, shards, WRITER):
-            if file is not None and failure is None:
-                try:
-                    file.write(chunk)
-                except Exception as error:
-                    failure = error
-    if failure is not None:
-        if file is not None:
-            file.abandon()
-        raise failure
-    return file.close() if file is not None else None
+def _place(rank: int, hosts: list[str]) -> str:
+    return f"rank {rank} on {hosts[rank]}: " if len(hosts) > 1 else ""
 
 
-def _check_room(directory: Path, needed: int) -> None:
-    """Say before any work that the disk is too small; a file system that does not tell its size is believed."""
-    disk = shutil.disk_usage(directory)
-    if disk.total > 0 and disk.free < needed:
-        raise OSError(f"{needed / 1e9:.1f} GB needed, {disk.free / 1e9:.1f} GB free at {directory}")
-
-
-def _take_name(temporary: Path, final: Path) -> None:
-    """Rename to the true name. A directory that has it already steps aside first, and is put back by
-    `retention.remove_leftovers` should we die between the two renames."""
-    if not final.exists():
-        os.rename(temporary, final)
-        return
-    old = final.with_name(final.name + REPLACED)
-    if old.exists():
-        shutil.rmtree(old)
-    os.rename(final, old)
-    os.rename(temporary, final)
-    shutil.rmtree(old, ignore_errors=True)
+def _stopped(final: Path, reason: str) -> Stopped:
+    return Stopped(f"checkpoint {final} could not be written: {reason}; earlier ones are untouched")

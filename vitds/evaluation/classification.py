@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from vitds.models.losses import LOSSES
 
 
 @torch.no_grad()
-def evaluate(engine: Any, loader: EvalLoader, loss: str) -> dict[str, float]:
+def evaluate(
+    engine: Any, loader: EvalLoader, loss: str, between: Callable[[], None], prefix: str = "eval"
+) -> dict[str, float]:
     """Run the model over every image once. Collective; every rank returns the same figures.
 
     A prediction is right when the label at its place is positive, so several labels may be right (recipe of the paper,
@@ -22,6 +25,8 @@ def evaluate(engine: Any, loader: EvalLoader, loss: str) -> dict[str, float]:
         engine: called with images (B, 3, S, S) in [−1, 1]; its output has `logits` (B, C).
         loader: batches padded with `is_real` False, equally many on each rank.
         loss: name in LOSSES.
+        between: called before each batch, equally often on every rank; may end the evaluation by raising on all.
+        prefix: of the names of what is returned.
 
     Returns:
         eval/top1 and eval/top5 as fractions, eval/loss as the mean over images, eval/images.
@@ -30,6 +35,7 @@ def evaluate(engine: Any, loader: EvalLoader, loss: str) -> dict[str, float]:
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     try:
         for batch in loader:
+            between()
             logits = engine(to_model_range(batch.images, engine.device)).logits.float()  # (B, C)
             labels = batch.labels.to(engine.device)
             positive = torch.nn.functional.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels  # (B, C)
@@ -45,10 +51,10 @@ def evaluate(engine: Any, loader: EvalLoader, loss: str) -> dict[str, float]:
         engine.train(True)
     top1, top5, total_loss, images = dist.sum_over_ranks(sums).tolist()
     if images == 0:
-        return {"eval/images": 0.0}
+        return {f"{prefix}/images": 0.0}
     return {
-        "eval/top1": top1 / images,
-        "eval/top5": top5 / images,
-        "eval/loss": total_loss / images,
-        "eval/images": images,
+        f"{prefix}/top1": top1 / images,
+        f"{prefix}/top5": top5 / images,
+        f"{prefix}/loss": total_loss / images,
+        f"{prefix}/images": images,
     }

@@ -85,7 +85,7 @@ from safetensors.torch import load_file
 model = {timm_call(config)}
 state = {{}}
 for path in glob.glob("DIRECTORY/model*.safetensors"):
-    if ".ema" not in path:
+    if "model.ema" not in path:
         state.update(load_file(path))
 {fold}model.load_state_dict(state)
 ```
