@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
 from vitds.data import DataSection, Source, SourceSection, build_sources
 from vitds.errors import UserError
+from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
 from vitds.metrics import MonitorSections, monitor_sections
 from vitds.models import ModelSection, ViTForImageClassification, build_config
 from vitds.optim import check_optimizer
 from vitds.optim.groups import Group, build_groups
 from vitds.schedules import Schedule, SchedulerSection, build_schedule
-from vitds.sections import Duration, check_least, key, parse, to_json
+from vitds.sections import Duration, check_least, key, parse, to_json, typed
 from vitds.zero.engine import OWN_NAMES, client_optimizer, other_optimizer_names, precision, zero_stage
 from vitds.zero.section import check_deepspeed_section
 
@@ -60,27 +62,14 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
-class GuardSection:
-    """What happens when a loss or gradient is not finite. The weights never see it."""
-
-    nonfinite: str = key(
-        "stop",
-        "stop ends the run before the update; skip drops a batch whose gradient is not finite.",
-        choices=("stop", "skip"),
-    )
-    max_skips: int = key(10, "Batches dropped in a row before the run stops all the same.")
-
-    def __post_init__(self) -> None:
-        check_least("vitds.guard", self, max_skips=0)
-
-
-@dataclass(frozen=True)
 class InitFromSection:
     """Where a fresh run takes its weights from; its own checkpoint always comes first."""
 
     path: str = key(doc="A checkpoint directory (step-…), or a .safetensors file with this model's names.")
     what: str = key(
-        "weights", "weights alone, or all: optimizer state, step and position too (a fork).", choices=("weights", "all")
+        "weights",
+        "weights alone; ema, the average kept beside them, as weights; or all: optimizer state, step and position too (a fork).",
+        choices=("weights", "ema", "all"),
     )
 
 
@@ -106,6 +95,7 @@ class VitdsSection:
     train: TrainSection = key(TrainSection(), "Length, seed and intervals.")
     checkpoint: CheckpointSection = key(CheckpointSection(), "When to save and what to keep.")
     guard: GuardSection = key(GuardSection(), "What to do about losses and gradients that are not finite.")
+    ema: EmaSection = key(EmaSection(), "An average of the weights beside them.")
     init_from: InitFromSection | None = key(None, "Weights or a whole state to start from.")
     groups: list[Any] = key([], "[[name pattern, {weight_decay, lr_mult, frozen}], …]: first full match wins.")
     plugins: list[str] = key(
@@ -124,6 +114,10 @@ class Lengths:
     diagnose: int
     save: int
     schedule: Schedule
+
+    def due(self, interval: int, step: int) -> bool:
+        """Whether what is done at an interval is done after `step` updates; at the end it always is."""
+        return step == self.total or (interval > 0 < step and step % interval == 0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +198,14 @@ def prepare(run: RunFile) -> Plan:
     client_optimizer(run.optimizer, zero_stage(run.deepspeed))
     if part.init_from is not None and not Path(part.init_from.path).exists():
         raise UserError(f"vitds.init_from.path: {part.init_from.path!r} does not exist")
-    return Plan(sources, run.lengths(len(sources[0])), groups, model)
+    lengths = run.lengths(len(sources[0]))
+    if part.guard.spike == "rollback" and (part.checkpoint.keep_last - 1) * lengths.save < part.guard.spike_batches:
+        raise UserError(
+            f"vitds.guard.spike_batches: {part.guard.spike_batches} batches are to be given up after a spike, but the "
+            f"{part.checkpoint.keep_last} newest checkpoints, one every {lengths.save} steps, may all have learnt from them; "
+            "raise vitds.checkpoint.keep_last"
+        )
+    return Plan(sources, lengths, groups, model)
 
 
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
@@ -242,12 +243,13 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
     for place, value in walk(given):
         if value == "auto" and not place.startswith("_about"):
             raise UserError(f"{place}: 'auto' is for another trainer; write the value")
-    section = parse(VitdsSection, given.get("vitds", {}), "vitds")
-    for module in section.plugins:
-        try:
+    ours = given.get("vitds", {})
+    for module in typed(ours.get("plugins", []) if isinstance(ours, dict) else [], list[str], "vitds.plugins"):
+        try:  # before the sections are read, which know only what is registered by then
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"vitds.plugins: {module!r} cannot be imported: {error}") from None
+    section = parse(VitdsSection, ours, "vitds")
     _check_cluster(section.cluster, world_size)
 
     deepspeed = {word: value for word, value in given.items() if word not in OURS}
