@@ -1,6 +1,6 @@
 # make train   set up and train the example on this machine's GPUs, or on its CPU
 # make test    set up and run the tests
-# make torture   every cell of the ZeRO matrices on every number of ranks
+# make torture   every cell of the ZeRO, reshape and kill matrices, on every number of ranks (about an hour)
 # make lint    ruff and mypy
 # make bench   the benchmarks a CPU can run
 PYTHON ?= python3
@@ -36,7 +36,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 torture: $(READY)
-	VITDS_TORTURE=1 $(BIN)/python -m pytest tests/zero $(ARGS)
+	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/zero tests/torture $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,6 +45,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/deepspeed $(RANKS) benchmarks/checkpoint.py
 
 docs: $(READY)
 	$(BIN)/python -m vitds.cli config-docs > docs/config.md

@@ -174,9 +174,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
         2, DIGITS, run, *SMALL, "optimizer.params.lr=1e30", "scheduler.params={}", "vitds.checkpoint.every_steps=1"
     )
     assert "Traceback" not in done.stdout
-    (line,) = [line for line in done.stdout.splitlines() if "vitds: " in line]
-    assert "nan" in line or "inf" in line, line
-    assert "the last checkpoint is" in line
+    what, where = [line for line in done.stdout.splitlines() if "vitds: " in line]
+    assert "nan" in what or "inf" in what, what
+    assert "is the first that is not finite, on rank 0" in what
+    assert "of images digits/" in what
+    assert "the last checkpoint is" in where
     assert done.returncode == 1
     assert outcome(run)["state"] == "failed"
 

@@ -329,28 +329,37 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path) -> None:
-    failures = [RuntimeError("first"), RuntimeError("second")]
-    with pytest.raises(RuntimeError), RunDirectory(tmp_path):
-        raise failures[0]
-    assert not (tmp_path / "outcome.json").exists(), "before write_config it may be another run's"
-    with pytest.raises(RuntimeError), RunDirectory(tmp_path) as run:
+def broken(run: RunDirectory, error: Exception, checkpoint: str = "") -> None:
+    """A run that leaves a directory of that name and ends with `error`."""
+    with run:
         run.write_config({})
-        for name in ("step-000000010", "step-000000020.tmp"):
-            (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        raise failures[1]
+        (run.checkpoints / checkpoint).mkdir(parents=True)
+        if isinstance(error, Preempted):
+            run.preempted(3, "SIGTERM")
+        raise error
+
+
+def test_a_failure_points_to_the_last_checkpoint(tmp_path: Path) -> None:
+    for name, where in (("step-000000020.tmp", "there is no checkpoint yet"), ("step-000000010", "step-000000010;")):
+        run, error = RunDirectory(tmp_path), RuntimeError("disk on fire")
+        with pytest.raises(RuntimeError):
+            broken(run, error, name)
+        assert where in error.__notes__[0]
     assert json.loads((tmp_path / "outcome.json").read_text())["step"] == 10
-    assert "there is no checkpoint yet" in failures[0].__notes__[0]
-    assert f"{tmp_path}/checkpoints/step-000000010;" in failures[1].__notes__[0]
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()][1:]
+    assert event["reason"] == "RuntimeError: disk on fire"
 
 
 @pytest.mark.parametrize(("error", "state", "code"), [(UserError("x"), "failed", 2), (Preempted("x"), "preempted", 75)])
 def test_the_outcome_of_an_error_that_is_none_of_ours(tmp_path: Path, error: Exception, state: str, code: int) -> None:
-    with pytest.raises(type(error)), RunDirectory(tmp_path) as run:
-        run.write_config({})
-        if isinstance(error, Preempted):
-            run.preempted(3, "SIGTERM")
-        raise error
+    with pytest.raises(type(error)):
+        broken(RunDirectory(tmp_path), error)
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["state"], outcome["exit_code"]) == (state, code)
     assert not (tmp_path / "lease.json").exists()
+
+
+def test_a_failure_before_the_directory_is_known_to_be_ours_leaves_no_outcome(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), RunDirectory(tmp_path):
+        raise RuntimeError("no config yet")
+    assert not (tmp_path / "outcome.json").exists()

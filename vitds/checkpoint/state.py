@@ -136,7 +136,8 @@ class RunState:
         self.commit()
         if self._on_disk != progress.position:
             raise Stopped(f"the state of step {progress.step} could not be saved")
-        finish_deletions()
+        if progress.step == self.schedule.total_steps:  # a preempted run has no time for it
+            finish_deletions()
 
     def edge(self, interruption: Interruption) -> None:
         """Where nothing is half done, between two micro batches or two batches of an evaluation: weights and state are
