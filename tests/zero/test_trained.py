@@ -121,6 +121,14 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(worlds):
 
 
 @pytest.mark.launch
+def test_a_run_rolled_back_in_its_own_engine_has_them_too(worlds):
+    for world, (facts, _) in worlds.items():
+        for run in facts[0]:
+            assert all(fact[run]["differing_after_rollback"] == [] for fact in facts), (world, run)
+            assert facts[0][run]["rolled_back_losses"] == facts[0][run]["resumed_losses"], (world, run)
+
+
+@pytest.mark.launch
 def test_what_is_observed_is_true(worlds):
     """Per-parameter norms: gradients add up to the global norm, weights and updates are those of the final masters."""
     for world, (facts, parameters) in worlds.items():

@@ -117,12 +117,21 @@ class Trainer:
         self.state = RunState(
             self.engine, self.model, self.schedule, resolved, processor, run_directory, CheckpointSection()
         )
+        self.source, _ = build_sources(DATA, 10)
+        self.stream = {"image_size": 8, "num_classes": 10, "seed": 0, "global_batch": BATCH, "micro_batch": micro}
+        self.go_on()
+
+    def go_on(self) -> None:
+        """From the newest checkpoint, or from the start."""
         self.progress, _ = self.state.restore()
-        source, _ = build_sources(DATA, 10)
         self.loader = TrainLoader(
-            source, DATA, image_size=8, num_classes=10, seed=0, global_batch=BATCH, micro_batch=micro, rank=dist.rank(),
-            world_size=world, position=self.progress.position,
-        )  # fmt: skip
+            self.source,
+            DATA,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            position=self.progress.position,
+            **self.stream,
+        )
 
     def train(self, until: int) -> list[float]:
         """Steps up to `until`; the mean loss of each."""
@@ -183,6 +192,12 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     facts["observed_update"] = {n: v.update for n, v in norms.items()}
     moved = {k: final[k] - before[k] for k in final if k.split("|")[0] in norms}
     facts["own_update"] = {k: float(v.double().square().sum()) for k, v in moved.items()}
+
+    unbroken.go_on()  # as after a loss spike: back to the checkpoint, in the engine that has gone further
+    assert unbroken.progress.step == STEPS // 2
+    facts["rolled_back_losses"] = unbroken.train(STEPS)
+    once_more = unbroken.held()
+    facts["differing_after_rollback"] = [key for key in final if not torch.equal(final[key], once_more[key])]
     unbroken.engine.close()
 
     second = Trainer(this, scratch)

@@ -114,6 +114,7 @@ class RunState:
         """
         if not self.saver.pending:
             return
+        self.directory.check_owner()
         try:
             saved = self.saver.commit()
         except Stopped as error:
@@ -213,17 +214,11 @@ class RunState:
         if self.engine.foreign is not None and not self._on_disk:
             return ""  # its state comes with the first step
         share = self.saver.plan(self._tensors())
-        if share < PROBE_BYTES:
-            return ""
-        speed = write_bandwidth(self.directory.checkpoints, PROBE_BYTES)
-        seconds = share / speed
-        text = f"a save writes up to {share / 1e9:.2f} GB a rank, about {seconds:.0f} s at the {speed / 1e6:.0f} MB/s just measured"
-        if seconds > KILL_BUDGET_SECONDS * 2 / 3:
-            text += (
-                f"\nwarning: a preempted job is killed {KILL_BUDGET_SECONDS} s after its notice, and saving may not end in time; "
-                "what was done since the last checkpoint would be lost: save more often, or to faster storage"
-            )
-        return text
+        return (
+            cost_of_saving(share, write_bandwidth(self.directory.checkpoints, PROBE_BYTES))
+            if share > PROBE_BYTES
+            else ""
+        )
 
     def _tensors(self) -> dict[str, list[Shard]]:
         tensors = {MODEL: self.engine.master_shards(), OPTIMIZER: self.engine.state_shards()}
@@ -310,6 +305,18 @@ class RunState:
             if shard.data.numel():
                 value = self.model.initial_tensor(shard.name, seed).view(-1)
                 shard.data.copy_(value[shard.start : shard.start + shard.data.numel()])
+
+
+def cost_of_saving(share: int, bytes_per_second: float) -> str:
+    """What a save of `share` bytes a rank takes; with a warning where a preempted job may not have that time."""
+    seconds = share / bytes_per_second
+    text = f"a save writes up to {share / 1e9:.2f} GB a rank: about {seconds:.0f} s at the {bytes_per_second / 1e6:.0f} MB/s just measured"
+    if seconds <= KILL_BUDGET_SECONDS * 2 / 3:
+        return text
+    return (
+        f"{text}\nwarning: a preempted job is killed {KILL_BUDGET_SECONDS} s after its notice, which may be before it has saved; "
+        "it would go on from its last checkpoint: save more often, or to faster storage"
+    )
 
 
 def _say(schedule: Schedule) -> str:
