@@ -81,15 +81,15 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
         while True:
             with speed.paused():
                 if held_out and every.due(every.evaluate, progress.step) and progress.evaluated != progress.step:
-                    progress.evaluation = {}
+                    found: dict[str, float] = {}
                     for name, weights in state.evaluated():
                         with weights:
-                            progress.evaluation |= evaluate(engine, held_out, config.loss, edge, name)
-                    recorder.record(progress.step, progress.evaluation)
+                            found |= evaluate(engine, held_out, config.loss, edge, name)
+                    recorder.record(progress.step, found)
                     directory.bad_samples(held_out.newly_bad())
-                    progress.evaluated = progress.step
+                    progress.evaluated, progress.evaluation = progress.step, found
                 if every.due(every.save, progress.step):
-                    state.save(progress)
+                    state.save(progress, safe=progress.last_batches(part.guard.spike_batches, run.global_batch)[0])
             if progress.step == total:
                 break
             rate = engine.set_learning_rate(schedule(progress.step))
@@ -106,7 +106,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                     loss = engine(images, labels=batches[-1].labels.to(engine.device, non_blocking=True)).loss
                     engine.backward(loss)
                     losses.append(loss.detach())
-                mean_loss = dist.mean(torch.stack(losses))  # the one host sync of a step, before anything is changed
+                mean_loss = dist.mean(torch.stack(losses))  # waits for the device, before anything is changed
                 verdict = guard.judge(mean_loss)
                 updated = engine.step(drop=verdict != "update")
             if verdict == "spike":

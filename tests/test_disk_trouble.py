@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from vitds import lease
+from vitds.checkpoint.directory import make_directory
 from vitds.errors import Stopped, UserError
 from vitds.json_files import Expendable
 from vitds.metrics import MonitorSections, Recorder, monitor_sections, read_metrics
@@ -27,6 +31,119 @@ def full_disk(size: int = 0) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def mount(*arguments: object) -> None:
+    if subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode:
+        pytest.skip("mount is not permitted here")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, and a second place (`mounted`) where it can be seen as long as it is mounted there."""
+    place, mounted = tmp_path / "disk", tmp_path / "mounted"
+    for path in (place, mounted):
+        path.mkdir()
+    mount("-t", "tmpfs", "-o", "size=1m", "none", place)
+    try:
+        mount("--bind", place, mounted)
+        yield place, mounted
+    finally:
+        for path in (mounted, mounted, place):
+            subprocess.run(["umount", "-l", path], capture_output=True)
+
+
+def said_until(capsys, words: str) -> str:
+    deadline, said = time.monotonic() + 20, ""
+    while words not in said:
+        assert time.monotonic() < deadline, said
+        said += capsys.readouterr().err
+        time.sleep(0.005)
+    return said
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_mount_that_goes_away_and_comes_back(disk, below, capsys, monkeypatch):
+    """The run goes on without its logs, writes nothing where the mount was, and owns its directory as before."""
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    place, mounted = disk
+    run = mounted / below
+    save = run / "checkpoints" / "step-000000001.tmp"
+    with RunDirectory(run) as directory:
+        directory.write_config({"train_batch_size": 8})
+        recorder = Recorder(run, MonitorSections(), 10, 64, stream=io.StringIO())
+        make_directory(save, 0)
+        subprocess.run(["umount", "-l", mounted], check=True)
+        said = said_until(capsys, "cannot be renewed")
+        directory.check_owner()
+        directory.event("save")
+        directory.outcome("running", None, 1)
+        recorder.record(1, {"train/loss": 1.0})
+        with pytest.raises(OSError, match=f"the directory {run} has vanished"):
+            make_directory(save, 0)
+        with pytest.raises(Stopped, match="skips.json cannot be written"):
+            directory.add_skip(0, 8)
+        directory.fail(error := RuntimeError("the reason"))
+        assert f"cannot be read (the directory {run} has vanished" in error.__notes__[0]
+        assert list(mounted.iterdir()) == [], "what is written here would be lost under the mount"
+        before = json.loads((place / below / "lease.json").read_text())["time"]
+        mount("--bind", place, mounted)
+        said += said_until(capsys, "is renewed again")
+        assert said.count("cannot be renewed") == said.count("is renewed again") == 1
+        assert json.loads((run / "lease.json").read_text())["time"] > before
+        directory.event("finish")
+        recorder.record(2, {"train/loss": 1.0})
+        make_directory(save, 0)
+    assert kinds(run) == ["finish"]
+    assert [row["step"] for row in read_metrics(run)] == [2]
+    assert not (run / "lease.json").exists()
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("the reason")])
+def test_a_disk_that_is_read_only_at_the_end(disk, error, capsys):
+    place, _ = disk
+    with pytest.raises(RuntimeError, match="the reason") if error else nullcontext():
+        with RunDirectory(place) as directory:
+            directory.write_config({"train_batch_size": 8})
+            directory.outcome("running", None, 0)
+            mount("-o", "remount,ro", place)
+            if error:
+                raise error
+    assert (place / "lease.json").exists()
+    said = capsys.readouterr().err
+    assert said.count(f"{place / 'lease.json'} cannot be removed ([Errno 30]") == 1
+    assert said.count("outcome.json cannot be written ([Errno 30]") == bool(error)
+
+
+def test_saves_never_make_a_run_directory_again(tmp_path):
+    run = tmp_path / "run"
+    directory = RunDirectory(run)
+    run.rename(tmp_path / "elsewhere")
+    save = directory.checkpoints / "step-000000001.tmp"
+    with pytest.raises(OSError, match=f"the directory {run} has vanished$"):
+        make_directory(save, 0)
+    assert not run.exists()
+    run.mkdir()
+    with pytest.raises(OSError, match=f"the directory {run} has vanished, and another one is in its place"):
+        make_directory(save, 0)
+    assert list(run.iterdir()) == []
+    RunDirectory(run)
+    make_directory(save, 0)
+    assert save.is_dir()
+
+
+def test_a_range_that_is_no_whole_batch_is_refused_by_name(tmp_path):
+    text = json.dumps({"skips": [{"start": 0, "end": 16}, {"start": 24, "end": 28}]})
+    with RunDirectory(tmp_path) as directory:
+        (tmp_path / "skips.json").write_text(text)
+        assert directory.skips == [(0, 16), (24, 28)], "no batch is known yet"
+        directory.write_config({"train_batch_size": 8})
+        message = rf"^{tmp_path / 'skips.json'}: skips\[1\]: expected whole batches of 8 \(train_batch_size\)"
+        with pytest.raises(UserError, match=message):
+            _ = directory.skips
+        with pytest.raises(UserError, match=message):
+            directory.add_skip(32, 40)
+    assert (tmp_path / "skips.json").read_text() == text
 
 
 def kinds(directory: Path) -> list[str]:

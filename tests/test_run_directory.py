@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.test_dist import two_ranks
 from vitds import lease
 from vitds.errors import Preempted, UserError
 from vitds.json_files import write_json
@@ -214,6 +215,120 @@ def test_an_owner_renews_and_notices_its_loss(tmp_path: Path, monkeypatch: pytes
     assert owner(tmp_path)["host"] == "elsewhere"
 
 
+@pytest.mark.parametrize("trouble", ["missing", "torn"])
+def test_a_lease_that_nobody_took_is_written_again(
+    tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    path = tmp_path / "lease.json"
+    with RunDirectory(tmp_path) as run:
+        token = owner(tmp_path)["token"]
+        if trouble == "missing":
+            path.unlink()
+        else:
+            # Until a renewal that had read its own name just before is no longer to come.
+            until(lambda: path.write_bytes(b"{") == 1 and "cannot be renewed (its text" in capsys.readouterr().err)
+            assert path.read_bytes() == b"{", "it may be a successor's who is just writing"
+            os.utime(path, (time.time() - 16, time.time() - 16))
+        until(lambda: path.exists() and path.read_bytes() != b"{")
+        run.check_owner()
+        assert owner(tmp_path)["token"] == token
+        run.event("save")
+    assert os.listdir(tmp_path) == ["events.jsonl"]
+
+
+def test_a_lease_missing_after_a_long_silence_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run took it meanwhile, and has ended."""
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "STALE_SECONDS", -1.0)
+    run = RunDirectory(tmp_path)
+    run.acquire()
+
+    def removed() -> bool:
+        (tmp_path / "lease.json").unlink(missing_ok=True)
+        return run._lease._lost_to is not None
+
+    until(removed)
+    with pytest.raises(RuntimeError, match="now belongs to another run, which took it"):
+        run.event("save")
+    run.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+OWNERS = """
+from pathlib import Path
+from vitds import lease
+from vitds.json_files import write_json
+from vitds.run_directory import RunDirectory
+
+def run(name, body):
+    \"\"\"How a run in a directory of that name ends on this rank, and what its outcome.json then says.\"\"\"
+    path = Path(root, name)
+    try:
+        with dist.together(lambda: RunDirectory(path)) as directory:
+            dist.together(lambda: directory.write_config({"train_batch_size": 8}))
+            dist.barrier()
+            body(path, directory)
+        end = None
+    except Exception as error:
+        end = f"{type(error).__name__}: {error}"
+    if name == "alone" and rank == 1:
+        dist.barrier(), dist.barrier()
+    dist.barrier()
+    outcome = path / "outcome.json"
+    found[name] = [end, outcome.exists() and json.loads(outcome.read_text())["state"]]
+    dist.barrier()
+
+def taken(path, directory):
+    if rank == 0:
+        write_json(path / "lease.json", {"host": "elsewhere", "pid": 7, "time": 2e9, "token": "another"})
+        write_json(path / "outcome.json", {"state": "finished"})
+    dist.barrier()
+    raise RuntimeError("too late")
+
+def given_back(path, directory):
+    if rank == 0:
+        directory.finished(3, {})
+        directory.release()
+    dist.barrier()
+    raise RuntimeError("too late")
+
+def alone(path, directory):
+    if rank == 1:
+        raise RuntimeError("this rank alone")
+    dist.barrier()  # met by the other rank when all is over for it
+    found["while rank 0 lives"] = json.loads((path / "outcome.json").read_text())["state"]
+    dist.barrier()
+
+def full(path, directory):
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))
+    dist.together(lambda: directory.write_config({"train_batch_size": 8}))
+
+for body in (taken, given_back, alone, full):
+    run(body.__name__, body)
+run("no lease", None)
+if rank == 0:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+leave()
+"""
+
+
+def test_two_ranks_of_one_job(tmp_path: Path) -> None:
+    """Every rank may say that the run failed, but only its own; and what fails on rank 0 alone ends both."""
+    (first, second), _ = two_ranks(tmp_path, OWNERS)
+    assert first["taken"] == second["taken"] == ["RuntimeError: too late", "finished"]
+    assert owner(tmp_path / "taken")["token"] == "another"
+    assert first["given_back"] == second["given_back"] == ["RuntimeError: too late", "finished"]
+    assert (first.pop("while rank 0 lives"), first["alone"][0]) == ("failed", None)
+    assert second["alone"] == ["RuntimeError: this rank alone", "failed"]
+    for name in ("full", "no lease"):
+        assert first[name] == second[name]
+        assert first[name][0].startswith(
+            f"Stopped: rank 0 on {socket.gethostname()}: OSError: [Errno 27] File too large"
+        )
+
+
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with RunDirectory(tmp_path / "run") as run:
@@ -363,3 +478,41 @@ def test_a_failure_before_the_directory_is_known_to_be_ours_leaves_no_outcome(tm
     with pytest.raises(RuntimeError), RunDirectory(tmp_path):
         raise RuntimeError("no config yet")
     assert not (tmp_path / "outcome.json").exists()
+
+
+def ended(run: RunDirectory, trouble: Callable[[], Any]) -> BaseException:
+    """What comes out of a run that ends with an error amid this trouble: that error."""
+    error = RuntimeError("the reason")
+
+    def end() -> None:
+        with run:
+            run.write_config(RUN)
+            trouble()
+            raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        end()
+    assert raised.value is error
+    return error
+
+
+def test_nothing_hides_the_error_that_ended_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a directory of checkpoints that cannot be listed, nor events that cannot be written."""
+    run = RunDirectory(tmp_path)
+
+    def trouble() -> None:
+        (tmp_path / "events.jsonl").mkdir()
+        run.checkpoints = tmp_path / ("x" * 300)  # ENAMETOOLONG: one that a glob does not take for an absence
+
+    error = ended(run, trouble)
+    assert "cannot be read ([Errno 36]" in error.__notes__[0]
+    assert json.loads((tmp_path / "outcome.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "lease.json").exists()
+    assert capsys.readouterr().err.count("events.jsonl cannot be written") == 1
+
+
+def test_a_fault_in_the_last_words_does_not_hide_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path)
+    ended(run, lambda: setattr(run, "_outcome", None))
+    assert "vitds: while a run ended with RuntimeError: TypeError: " in capsys.readouterr().err
+    assert not (tmp_path / "lease.json").exists()

@@ -199,12 +199,8 @@ def prepare(run: RunFile) -> Plan:
     if part.init_from is not None and not Path(part.init_from.path).exists():
         raise UserError(f"vitds.init_from.path: {part.init_from.path!r} does not exist")
     lengths = run.lengths(len(sources[0]))
-    if part.guard.spike == "rollback" and (part.checkpoint.keep_last - 1) * lengths.save < part.guard.spike_batches:
-        raise UserError(
-            f"vitds.guard.spike_batches: {part.guard.spike_batches} batches are to be given up after a spike, but the "
-            f"{part.checkpoint.keep_last} newest checkpoints, one every {lengths.save} steps, may all have learnt from them; "
-            "raise vitds.checkpoint.keep_last"
-        )
+    if part.guard.spike == "rollback" and lengths.save == 0:
+        raise UserError("vitds.checkpoint.every_steps: 0 leaves a rollback (vitds.guard.spike) nothing to go back to")
     return Plan(sources, lengths, groups, model)
 
 

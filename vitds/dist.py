@@ -5,6 +5,7 @@ Importing this module starts nothing; outside a process group everything behaves
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -55,21 +56,45 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
+def host_group() -> Any | None:
+    """A gloo group over all ranks, for what is said between hosts and must not wait for devices; None in a world of one.
+
+    Collective until it is there: the first call makes one where the default group is of another kind.
+    """
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return None
+    global _host_group
+    default = torch_dist.group.WORLD
+    if _host_group[0] is not default:
+        own = torch_dist.get_backend() != "gloo"
+        _host_group = (default, torch_dist.new_group(backend="gloo") if own else default)
+    return _host_group[1]
+
+
+_host_group: tuple[Any, Any] = (None, None)
+"""The default process group, and the `host_group` over the same ranks."""
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """`source`'s value on every rank. Sent by pickle between the ranks of one job, never to or from disk."""
-    if world_size() == 1 or not torch_dist.is_initialized():
+    """`source`'s value on every rank. Sent by pickle between the ranks of one job, never to or from disk.
+
+    Collective; waits for hosts, not for devices, as `all_objects` does.
+    """
+    group = host_group()
+    if group is None:
         return value
     box = [value]
-    torch_dist.broadcast_object_list(box, src=source)
+    torch_dist.broadcast_object_list(box, src=source, group=group)
     return box[0]
 
 
 def all_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
-    if world_size() == 1 or not torch_dist.is_initialized():
+    group = host_group()
+    if group is None:
         return [value]
     values: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -80,25 +105,16 @@ def sum_over_ranks(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
     return tensor
 
 
-_host_group: tuple[Any, Any] = (None, None)
-"""The default process group, and the gloo group over the same ranks that `any_rank` uses."""
-
-
 def any_rank(flags: Sequence[bool]) -> list[bool]:
     """For each flag, whether it is set on any rank: the same answer on all. Collective; waits for hosts, not for devices.
 
-    Every rank gives as many flags. The first call, collective like all others, makes a gloo group where the default
-    group is of another kind.
+    Every rank gives as many flags.
     """
-    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+    group = host_group()
+    if group is None:
         return [bool(flag) for flag in flags]
-    global _host_group
-    default = torch_dist.group.WORLD
-    if _host_group[0] is not default:
-        own = torch_dist.get_backend() != "gloo"
-        _host_group = (default, torch_dist.new_group(backend="gloo") if own else default)
     bits = torch.tensor([int(flag) for flag in flags], dtype=torch.uint8)
-    torch_dist.all_reduce(bits, torch_dist.ReduceOp.MAX, group=_host_group[1])
+    torch_dist.all_reduce(bits, torch_dist.ReduceOp.MAX, group=group)
     return [bool(bit) for bit in bits.tolist()]
 
 
@@ -109,16 +125,37 @@ def mean(tensor: torch.Tensor) -> float:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; a `UserError` on any of them is raised on all."""
-    result, message = None, None
+    """Run `action` on every rank; what fails on any of them is raised on all. Collective.
+
+    An error that is neither the user's nor the file system's is a fault of ours: its traceback is printed where it arose.
+
+    Raises:
+        UserError, Stopped, Preempted: as the first rank that failed raised it, but a UserError before all others.
+        Stopped: any other Exception, with its type, its message and, in a world of several, its rank and host; caused
+            by it on the rank where it arose.
+    """
+    result: Any = None
+    failure: Exception | None = None
     try:
         result = action()
-    except UserError as error:
-        message = str(error)
-    first = next((text for text in all_objects(message) if text is not None), None)
-    if first is not None:
-        raise UserError(first)
-    return result  # type: ignore[return-value]
+    except Exception as error:
+        failure = error
+    kind = next((known for known in (UserError, Stopped, Preempted) if isinstance(failure, known)), None)
+    if failure is not None and kind is None and not isinstance(failure, OSError):
+        with contextlib.suppress(OSError):  # standard error may lie on a disk that has gone
+            traceback.print_exception(failure)
+    own = None
+    if failure is not None:
+        own = (kind, str(failure) if kind else f"{type(failure).__name__}: {failure}", rank(), socket.gethostname())
+    failures = [found for found in all_objects(own) if found is not None]
+    if not failures:
+        return result  # type: ignore[no-any-return]
+    kind, reason, where, host = min(failures, key=lambda found: (found[0] is not UserError, found[2]))
+    if kind is None:
+        kind, reason = Stopped, f"rank {where} on {host}: {reason}" if world_size() > 1 else reason
+    if failure is not None and own is not None and own[:2] == (kind, reason):
+        raise failure
+    raise kind(reason) from failure
 
 
 def leave(code: int, *, orderly: bool = True) -> NoReturn:

@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class Stopped(RuntimeError):
-    """The run cannot go on, for a reason that every rank knows: one message, exit code 1, and the state is on disk."""
+    """The run cannot go on, for a reason that every rank knows: one message, exit code 1. What was saved before is on disk."""
 
 
 class Preempted(RuntimeError):

@@ -42,7 +42,7 @@ class GuardSection:
 
 
 class Place(Protocol):
-    """Where a run is (vitds.checkpoint.state.Progress)."""
+    """Where a run is (vitds.checkpoint.progress.Progress)."""
 
     step: int
     position: int

@@ -34,7 +34,8 @@ def write_json(path: Path, value: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what failed first is what is said
+            temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -72,17 +73,18 @@ class Expendable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
         if isinstance(error, OSError):
             if not self._lost:
-                _say(f"vitds: {self._what} cannot be written ({error}); going on")
+                say(f"vitds: {self._what} cannot be written ({error}); going on")
             self._lost += 1
             return True
         if error is None and self._lost:
-            _say(f"vitds: {self._what} can be written again; {self._lost} lost")
+            say(f"vitds: {self._what} can be written again; {self._lost} lost")
             self._lost = 0
         return False
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # standard error may lie on the same disk
+def say(text: str) -> None:
+    """One message on standard error, if that can be written."""
+    with suppress(OSError):  # it may lie on the disk that is in trouble
         print(text, file=sys.stderr, flush=True)
 
 

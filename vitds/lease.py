@@ -3,14 +3,17 @@
 The file is created exclusively (O_EXCL), which also holds on network file systems, and says who owns the directory. An
 owner whose process is gone from this machine is succeeded at once; one on another machine when it has given no sign for
 60 seconds. Clocks of machines that share a directory must agree to well within that.
+
+An owner that cannot read its file, because the file server is away, still owns the directory: it has lost it when the
+file names another, or is missing after a silence that was long enough for another to come and go.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vitds.errors import UserError
+from vitds.json_files import say
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -28,12 +32,57 @@ WAIT_FOR_SILENT_SECONDS = STALE_SECONDS + WAIT_FOR_LIVING_SECONDS
 POLL_SECONDS = 0.1
 
 
+class Place:
+    """A directory, told from the bare mount point that takes its name when the file system has gone.
+
+    Args:
+        path: the directory; what is there now, or at the first `check`, is the true one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: tuple[int, int] | None = None
+        self.settle()
+
+    def settle(self) -> None:
+        """What is there now is the true one; for the rest of this process `place_of` knows it."""
+        _places[os.path.abspath(self.path)] = self
+        with contextlib.suppress(OSError):
+            self._known = self._identity()
+
+    def check(self) -> None:
+        """Raises OSError when the directory has vanished. A run's own, with its config.json, may come back renumbered."""
+        try:
+            found = self._identity()
+        except (FileNotFoundError, NotADirectoryError):
+            raise OSError(f"the directory {self.path} has vanished") from None
+        self._known = self._known or found
+        if found != self._known and not (self.path / "config.json").is_file():
+            raise OSError(f"the directory {self.path} has vanished, and another one is in its place")
+
+    def _identity(self) -> tuple[int, int]:
+        entry = os.stat(f"{self.path}/")
+        return entry.st_dev, entry.st_ino
+
+
+_places: dict[str, Place] = {}
+
+
+def place_of(path: Path) -> Place | None:
+    """The directory that this process has had there, if it has had one."""
+    return _places.get(os.path.abspath(path))
+
+
 class Lease:
     """Ownership of a directory through the file `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.token: str | None = None
+        """Of this job: its rank 0 draws it in `acquire`, others are told."""
+        self._place = Place(path.parent)
         self._me: dict[str, Any] = {}
+        self._renewed = 0.0
         self._lost_to: str | None = None
         self._over = threading.Event()
         self._renewal: threading.Thread | None = None
@@ -46,7 +95,8 @@ class Lease:
         """
         assert self._renewal is None, "acquired twice"
         pid = os.getpid()
-        self._me = {"host": socket.gethostname(), "pid": pid, "token": uuid.uuid4().hex}
+        self.token = uuid.uuid4().hex
+        self._me = {"host": socket.gethostname(), "pid": pid, "token": self.token}
         self._me |= {"machine": _machine(), "started": _started(pid)}
         first_times: dict[Any, Any] = {}
         began, told = time.monotonic(), False
@@ -69,26 +119,39 @@ class Lease:
                     f"({self.path} is left behind only by a host that died; it runs out after {STALE_SECONDS:.0f} s.)"
                 )
             if not told:
-                print(f"vitds: {self.path.parent} is in use by {_named(holder)}; waiting", file=sys.stderr, flush=True)
+                say(f"vitds: {self.path.parent} is in use by {_named(holder)}; waiting")
                 told = True
             time.sleep(POLL_SECONDS)
+        self._place.settle()
+        self._renewed = time.time()
         self._over.clear()
         self._renewal = threading.Thread(target=self._renew_until_over, name="lease", daemon=True)
         self._renewal.start()
 
     def release(self) -> None:
-        """Stop renewing and remove the file, if it is still ours."""
+        """Stop renewing and remove the file, if it is still ours; where that is impossible, it is said."""
         if self._renewal is None:
             return
         self._over.set()
         self._renewal.join()
         self._renewal = None
-        if self._is_mine():
+        if not self.is_ours():
+            return
+        try:
             self.path.unlink(missing_ok=True)
+        except OSError as error:
+            say(f"vitds: {self.path} cannot be removed ({error}); it counts no more once this process has ended")
 
-    @property
-    def held(self) -> bool:
-        """Acquired, not released, and not known to be lost."""
+    def is_ours(self) -> bool:
+        """Whether the file, as it is now, names this job; for any rank that knows the token.
+
+        Of a file that nobody can read its owner believes what it knew last, the other ranks that it is not ours.
+        """
+        holder: dict[str, Any] = {}
+        with contextlib.suppress(OSError):
+            holder = _parse(_read(self.path) or b"")
+        if holder:
+            return self.token is not None and holder.get("token") == self.token
         return self._renewal is not None and self._lost_to is None
 
     def check(self) -> None:
@@ -99,18 +162,43 @@ class Lease:
             )
 
     def _renew_until_over(self) -> None:
+        troubled = False
         while not self._over.wait(RENEW_SECONDS):
             try:
-                if not self._is_mine():
-                    self._lost_to = _named(_parse(_read(self.path) or ""))
-                    return
-                self._replace()
+                self._lost_to = self._renew()
+                self._renewed = time.time()
             except OSError as error:  # A file server that is away for a moment; the next renewal tries again.
-                print(f"vitds: {self.path} could not be renewed: {error}", file=sys.stderr, flush=True)
+                if not troubled:
+                    say(f"vitds: {self.path} cannot be renewed ({error}); going on, and trying again")
+                troubled = True
+                continue
+            if self._lost_to is not None:
+                return
+            if troubled:
+                say(f"vitds: {self.path} is renewed again")
+            troubled = False
 
-    def _is_mine(self) -> bool:
+    def _renew(self) -> str | None:
+        """Write the time into the file, and the file if it is missing. Returns the owner if that is another by now.
+
+        Raises:
+            OSError: it cannot be read or written, or the directory has vanished: nobody is known to own it.
+        """
         text = _read(self.path)
-        return text is not None and _parse(text).get("token") == self._me["token"]
+        holder = _parse(text or b"")
+        if holder:
+            if holder.get("token") != self.token:
+                return _named(holder)
+            self._replace()
+            return None
+        self._place.check()
+        if text is None and time.time() - self._renewed > STALE_SECONDS:
+            return "another run, which took it while this one gave no sign, and has ended"
+        # Exclusively, as in `acquire`: a successor may be at it just now, and the next renewal sees who it was.
+        if text is not None and not (self._is_gone(self.path, holder) and self._removed(text)):
+            raise OSError("its text cannot be read")
+        self._create(self.path)
+        return None
 
     def _create(self, path: Path) -> bool:
         """Write our name into a new file; False if there is a file."""
@@ -118,14 +206,24 @@ class Lease:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
-        with os.fdopen(handle, "wb") as file:
-            file.write(self._text())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._text())
+        except OSError:
+            with contextlib.suppress(OSError):  # or nobody could tell whose it is
+                path.unlink(missing_ok=True)
+            raise
         return True
 
     def _replace(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{self._me['token']}.tmp")
-        temporary.write_bytes(self._text())
-        os.replace(temporary, self.path)
+        temporary = self.path.with_name(f".{self.path.name}.{self.token}.tmp")
+        try:
+            temporary.write_bytes(self._text())
+            os.replace(temporary, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
     def _text(self) -> bytes:
         return json.dumps({**self._me, "time": time.time()}).encode() + b"\n"

@@ -9,14 +9,16 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from vitds import dist
 from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
-from vitds.json_files import Expendable, append_row, finite, read_object, write_json
-from vitds.lease import Lease
+from vitds.json_files import Expendable, append_row, finite, read_object, say, write_json
+from vitds.lease import Lease, Place
 
 OUTCOMES = ("running", "preempted", "finished", "failed")
 
@@ -39,12 +41,13 @@ class RunDirectory:
         self._lease = Lease(self.path / "lease.json")
         self._events, self._outcome = Expendable(self.path / "events.jsonl"), Expendable(self.path / "outcome.json")
         self._skips = self.path / "skips.json"
+        self._place = Place(self.path)
         if not dist.is_main():
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
-                pass
+                self._place.settle()
         except (FileExistsError, NotADirectoryError) as error:
             file = next(place for place in (self.path, *self.path.parents) if place.exists())
             raise UserError(f"output directory {self.path}: {file} is a file, not a directory") from error
@@ -56,15 +59,18 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         dist.together(self.acquire)
+        self._lease.token = dist.broadcast_object(self._lease.token)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Leave word of why the run broke, if it did, and give the directory back."""
-        if isinstance(error, UserError):
-            self.record_failure(2)
-        elif error is not None and not isinstance(error, Preempted):
-            self.fail(error)
-        self.release()
+        """Leave word of why the run broke, if it did, and give the directory back; no trouble hides that reason."""
+        with _beside(error):
+            if isinstance(error, UserError):
+                self.record_failure(2)
+            elif error is not None and not isinstance(error, Preempted):
+                self.fail(error)
+        with _beside(error):
+            self.release()
 
     def acquire(self, wait_seconds: float | None = None) -> None:
         """Become the one owner of this directory; renewed in the background until `release`.
@@ -152,6 +158,7 @@ class RunDirectory:
             return
         self.check_owner()
         with self._events:
+            self._place.check()
             append_row(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
 
     @property
@@ -160,10 +167,16 @@ class RunDirectory:
         did; the same on every rank. Collective.
 
         Raises:
-            UserError: skips.json is not what `add_skip` writes.
+            UserError: skips.json is not what `add_skip` writes, or a range in it is no whole number of the batches
+                that config.json, if it is there, speaks of.
         """
-        found = dist.together(lambda: read_skips(self._skips) if dist.is_main() else [])
+        found = dist.together(lambda: self._read_skips() if dist.is_main() else [])
         return [(entry["start"], entry["end"]) for entry in dist.broadcast_object(found)]
+
+    def _read_skips(self) -> list[dict[str, Any]]:
+        config = self.path / "config.json"
+        batch = read_object(config).get("train_batch_size") if self._skips.exists() and config.exists() else None
+        return read_skips(self._skips, batch if isinstance(batch, int) and batch > 0 else 1)
 
     def add_skip(self, start: int, end: int, **why: Any) -> None:
         """Give up the positions [start, end), durably: no later start of the run sees them again. Collective.
@@ -174,20 +187,18 @@ class RunDirectory:
         """
         assert 0 <= start < end, (start, end)
 
-        def write() -> str | None:
+        def write() -> None:
             if not dist.is_main():
-                return None
+                return
             self.check_owner()
             entry = {"start": start, "end": end, "time": time.time(), **why}
             try:
-                write_json(self._skips, {"skips": [*read_skips(self._skips), entry]})
+                self._place.check()
+                write_json(self._skips, {"skips": [*self._read_skips(), entry]})
             except OSError as error:
-                return f"{self._skips} cannot be written, so there is no rollback: {error}"
-            return None
+                raise Stopped(f"{self._skips} cannot be written, so there is no rollback: {error}") from error
 
-        failed = dist.broadcast_object(dist.together(write))
-        if failed:
-            raise Stopped(failed)
+        dist.together(write)
         self.event("rollback", positions=[start, end], **why)
 
     def outcome(self, state: str, exit_code: int | None, step: int) -> None:
@@ -227,29 +238,52 @@ class RunDirectory:
 
     def fail(self, error: BaseException) -> None:
         """Add to an error where the run can go on from, and leave outcome.json saying that it failed."""
-        newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
+        newest = None
+        try:
+            self._place.check()
+            newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
+            where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
+        except OSError as trouble:
+            where = f"{self.checkpoints} cannot be read ({trouble})"
         step = int(newest[5:]) if newest else 0
-        where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
         error.add_note(f"vitds: {where}; the same command goes on from there")
-        self.record_failure(1, step)
-        if self._lease.held:  # otherwise what is here is another run's
-            self.event("fail", reason=f"{type(error).__name__}: {error}", last_checkpoint=step)
+        with _beside(error):
+            self.record_failure(1, step)
+            if self._lease.is_ours():  # otherwise what is here is another run's
+                self.event("fail", reason=f"{type(error).__name__}: {error}", last_checkpoint=step)
 
     def record_failure(self, exit_code: int, step: int = 0) -> None:
         """Leave outcome.json saying that the run failed; any rank may, for rank 0 may be ended before it knows.
 
-        Does nothing before `write_config`: until then what is here may be another run's.
+        Does nothing before `write_config`, nor when the lease does not name this job: what is here may be another run's.
         """
-        if self._ours and (self._lease.held or not dist.is_main()):
+        if self._ours and self._lease.is_ours():
             self._write_outcome({"state": "failed", "exit_code": exit_code, "step": step, "time": time.time()})
 
     def _write_outcome(self, outcome: dict[str, Any]) -> None:
         with self._outcome:
+            self._place.check()
             write_json(self.path / "outcome.json", outcome)
 
 
-def read_skips(path: Path) -> list[dict[str, Any]]:
-    """The entries of skips.json, none if there is no such file; refuses what `add_skip` would not have written."""
+@contextmanager
+def _beside(error: BaseException | None) -> Iterator[None]:
+    """While `error` is under way, what goes wrong in the block is said and does not take its place."""
+    try:
+        yield
+    except Exception as trouble:
+        if error is None:
+            raise
+        say(f"vitds: while a run ended with {type(error).__name__}: {type(trouble).__name__}: {trouble}")
+
+
+def read_skips(path: Path, batch: int = 1) -> list[dict[str, Any]]:
+    """The entries of skips.json, none if there is no such file; refuses what `add_skip` would not have written.
+
+    Args:
+        path: the file.
+        batch: the global batch; ranges are whole numbers of it.
+    """
     if not path.exists():
         return []
     entries = read_object(path).get("skips")
@@ -259,6 +293,10 @@ def read_skips(path: Path) -> list[dict[str, Any]]:
         edges: list[Any] = [entry.get(name) for name in ("start", "end")] if isinstance(entry, dict) else [None]
         if any(type(edge) is not int for edge in edges) or not 0 <= edges[0] < edges[1]:
             raise UserError(f"{path}: skips[{i}]: expected whole numbers 0 ≤ start < end, found {entry!r}")
+        if edges[0] % batch or edges[1] % batch:
+            raise UserError(
+                f"{path}: skips[{i}]: expected whole batches of {batch} (train_batch_size), found {entry!r}"
+            )
     return entries
 
 

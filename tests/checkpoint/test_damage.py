@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import vitds.checkpoint.directory
 from vitds.checkpoint import WeightsFile, newest_checkpoint, open_checkpoint, remove_leftovers
 from vitds.checkpoint.files import parse_json
+from vitds.checkpoint.load import open_weights
 from vitds.errors import UserError
 from vitds.layout import Shard
 
@@ -368,7 +369,7 @@ def test_keys_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     assert open_checkpoint(path).training_state["plugin"] == {"x": 1}
 
 
-def test_what_is_not_wanted_is_passed_over_and_does_not_count_as_damage(tmp_path: Path) -> None:
+def test_what_is_not_wanted_is_passed_over_but_a_run_never_begins_afresh_for_it(tmp_path: Path) -> None:
     for step in (12, 24, 36):
         small_checkpoint(tmp_path, step)
     said: list[str] = []
@@ -380,11 +381,22 @@ def test_what_is_not_wanted_is_passed_over_and_does_not_count_as_damage(tmp_path
     assert found is not None
     assert found.step == 12
     assert [line.split(": ")[-1] for line in said[:2]] == ["it learnt from a spike"] * 2
-    assert newest_checkpoint(tmp_path, report=said.append, passed_over=later_than(0)) is None
-    assert "no checkpoint is left to go back to" in said[-1]
+    with pytest.raises(UserError, match=r"3 checkpoint\(s\) and none can be used"):
+        newest_checkpoint(tmp_path, passed_over=later_than(0))
     flipped(tmp_path / "step-000000012")
     with pytest.raises(UserError, match="step-000000012: .*is not what was saved"):
-        newest_checkpoint(tmp_path, passed_over=later_than(0))
+        newest_checkpoint(tmp_path, passed_over=later_than(12))
+
+
+def test_weights_to_start_from_are_hashed_where_there_is_a_manifest(tmp_path: Path) -> None:
+    path = small_checkpoint(tmp_path, file_bytes=10**9)
+    assert open_weights(path).specs
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors: its content is not what was saved"):
+        open_weights(path)
+    assert open_weights(path, verify="size").specs
 
 
 def test_an_average_is_read_only_where_it_is_and_is_of_the_same_weights(tmp_path: Path) -> None:

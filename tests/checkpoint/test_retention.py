@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,36 @@ def test_prune(tmp_path: Path, keep_last: int, keep_every: int | None, newest: i
     assert sorted(deleted) == [path for step, path in paths.items() if step not in kept]
 
 
+@pytest.mark.parametrize(
+    ("skips", "safe", "kept"),
+    [
+        ([], None, [40, 50]),
+        ([], 300, [30, 40, 50]),
+        ([], 399, [30, 40, 50]),
+        ([], 400, [40, 50]),
+        ([], 99, [10, 40, 50]),
+        ([(350, 450)], None, [20, 30]),  # 40 and 50 have learnt from it
+        ([(350, 450)], 200, [20, 30]),
+        ([(250, 450)], 120, [10, 20]),
+        ([(0, 450)], None, [10, 20, 30, 40, 50]),  # nothing good is left: nothing is deleted
+    ],
+)
+def test_what_a_rollback_would_go_back_to_is_kept(
+    tmp_path: Path, skips: list[tuple[int, int]], safe: int | None, kept: list[int]
+) -> None:
+    for step in (10, 20, 30, 40, 50):
+        path = small_checkpoint(tmp_path, step)
+        state = json.loads((path / "training_state.json").read_text()) | {"position": 10 * step, "skipped": []}
+        content = json.dumps(state)
+        (path / "training_state.json").write_text(content)
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"]["training_state.json"]["bytes"] = len(content)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    prune(tmp_path, 2, None, skips=skips, safe=safe)
+    finish_deletions()
+    assert steps(tmp_path) == kept
+
+
 def test_the_only_whole_one_is_never_deleted(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         path = small_checkpoint(tmp_path, step)
@@ -60,10 +91,11 @@ def test_what_cannot_be_deleted_does_not_stop_the_run(tmp_path: Path) -> None:
 
 def test_leftovers_go_and_nothing_else(tmp_path: Path) -> None:
     small_checkpoint(tmp_path, 10)
+    (tmp_path / "bandwidth-3.tmp").write_text("x")
     gone = ["step-000000010.deleted.tmp", "step-000000010.replaced.tmp", "step-000000020.tmp"]
     for name in (*gone, "mine.tmp", "step-20.tmp"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in remove_leftovers(tmp_path)] == gone
+    assert [path.name for path in remove_leftovers(tmp_path)] == ["bandwidth-3.tmp", *gone]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.tmp", "step-000000010", "step-20.tmp"]
     assert remove_leftovers(tmp_path / "none") == []
 

@@ -99,21 +99,20 @@ class Job:
             AssertionError: some are still there after so long.
         """
         deadline = time.monotonic() + seconds
-        while left := self.processes():
+        while (left := self.processes()) or self._process.returncode is None:  # in exec, a process has no environment
             assert time.monotonic() < deadline, f"left behind: {[_command(pid) for pid in left]}\n{self.tail()}"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.1)
             if self._process.returncode is not None:
                 time.sleep(0.05)  # those that are no children of ours cannot be waited for
-        return self._process.wait(10)
+        return self._process.returncode
 
     def end(self) -> None:
         """SIGKILL to whatever is left."""
-        while left := self.processes():
+        while (left := self.processes()) or self._process.returncode is None:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self._process.wait(10)
 
     def tail(self, characters: int = 4000) -> str:
         """The end of what all lives on this run directory have printed."""

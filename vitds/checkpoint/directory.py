@@ -24,6 +24,7 @@ from vitds.checkpoint.format import (
 from vitds.checkpoint.gather import Plan
 from vitds.checkpoint.retention import finish_deletions
 from vitds.checkpoint.share import Written
+from vitds.lease import Place, place_of
 
 
 def small_files(plan: Plan, training_state: dict[str, Any], extra_files: dict[str, bytes]) -> dict[str, bytes]:
@@ -40,14 +41,27 @@ def small_files(plan: Plan, training_state: dict[str, Any], extra_files: dict[st
 
 
 def make_directory(temporary: Path, needed: int) -> None:
-    """An empty directory to write into. Says before any work that the disk is too small; a file system that does not
-    tell its size is believed."""
+    """An empty directory to write into, and `checkpoints/` around it.
+
+    The run directory around that is never made again: with its mount gone, what is left in its place is another disk's.
+    Says before any work that the disk is too small; a file system that does not tell its size is believed.
+
+    Raises:
+        OSError: no room, or the run directory has vanished.
+    """
     directory = temporary.parent
-    directory.mkdir(parents=True, exist_ok=True)
+    run = place_of(directory.parent)
+    if run is None:  # no `RunDirectory` has made it
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        run = Place(directory.parent)
+    run.check()
+    directory.mkdir(exist_ok=True)
     if temporary.exists():
         shutil.rmtree(temporary)
-    finish_deletions()  # what they free may be needed
     disk = shutil.disk_usage(directory)
+    if disk.total > 0 and disk.free < needed:
+        finish_deletions()
+        disk = shutil.disk_usage(directory)
     if disk.total > 0 and disk.free < needed:
         raise OSError(f"{needed / 1e9:.1f} GB needed, {disk.free / 1e9:.1f} GB free at {directory}")
     temporary.mkdir()

@@ -25,9 +25,6 @@ from vitds.errors import UserError
 
 FORMAT_VERSION = 1
 MODEL, OPTIMIZER, EMA = "model", "optimizer", "model.ema"
-MODEL_FILE_BYTES = 10_000_000_000
-OPTIMIZER_FILE_BYTES = 5_000_000_000
-MODEL_FILE = "model.safetensors"
 MANIFEST, TRAINING_STATE = "manifest.json", "training_state.json"
 TEMPORARY, REPLACED, DELETED = ".tmp", ".replaced.tmp", ".deleted.tmp"
 """Endings of a directory's name while it is written, while a new one of the same step takes its place, and while it is

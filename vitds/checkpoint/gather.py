@@ -7,15 +7,19 @@ travels in rounds of one all-to-all each, through one buffer: no rank ever holds
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as torch_dist
 
 from vitds import dist
 from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
-from vitds.checkpoint.plan import Piece, PlannedFile, Round, Segment, Tiled, assign_files, rounds, shares
+from vitds.checkpoint.plan import PlannedFile, Round, Segment, Tiled, assign_files, rounds, shares
+from vitds.checkpoint.share import reason_of
 from vitds.checkpoint.tensorfile import DTYPE_NAMES, TensorSpec
 from vitds.layout import Shard
 
@@ -23,15 +27,28 @@ Tensors = Mapping[str, list[Shard]]
 """Shards of one rank, by kind."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one rank says of one of its shards."""
+Name = tuple[str, TensorSpec]
+"""A tensor of a kind."""
 
-    spec: TensorSpec
-    start: int
-    numel: int
-    anywhere: bool
-    """The shard is a whole tensor that any of its holders may give."""
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Everything about one rank's shards that a plan depends on."""
+
+    kinds: list[str]
+    names: list[Name]
+    """Of each shard."""
+    places: npt.NDArray[np.int64]
+    """(shards, 4): the shard's number within its kind, first element, one past the last, and whether it is a whole
+    tensor that any of its holders may give."""
+
+    def __eq__(self, other: object) -> bool:
+        """The same plan suits both."""
+        return (
+            isinstance(other, Rows)
+            and (self.kinds, self.names) == (other.kinds, other.names)
+            and np.array_equal(self.places, other.places)
+        )
 
 
 @dataclass(frozen=True)
@@ -47,107 +64,158 @@ class Plan:
     """Of each rank."""
 
     @property
+    def bucket_bytes(self) -> int:
+        """What this rank sends and receives at once, at most."""
+        return max((this.buffer_bytes(dist.rank()) for this in self.rounds), default=0)
+
+    @property
     def own_files(self) -> list[PlannedFile]:
         """The files that this rank writes, in the order in which its share arrives."""
         return [file for file in self.files if file.writer == dist.rank()]
 
 
-def rows_of(tensors: Tensors) -> dict[str, list[Row]]:
-    """Everything about this rank's shards that a plan depends on."""
-    return {kind: [_row(shard) for shard in shards] for kind, shards in tensors.items()}
+def rows_of(tensors: Tensors) -> Rows:
+    """What this rank has to say of its shards."""
+    names: list[Name] = []
+    places: list[tuple[int, int, int, bool]] = []
+    for kind, shards in tensors.items():
+        for number, shard in enumerate(shards):
+            assert shard.data.dim() == 1, f"{shard.name}: a shard's data is 1-D, not {tuple(shard.data.shape)}"
+            assert shard.data.is_contiguous(), f"{shard.name}: a shard's data is contiguous"
+            names.append((kind, TensorSpec(shard.name, tuple(shard.shape), shard.data.dtype)))
+            numel = shard.data.numel()
+            anywhere = (shard.replicated or shard.group is None) and numel == shard.total
+            places.append((number, shard.start, shard.start + numel, anywhere))
+    return Rows(list(tensors), names, np.array(places, dtype=np.int64).reshape(-1, 4))
 
 
-def agree_on_plan(rows: dict[str, list[Row]], bucket_bytes: int, file_bytes: int, min_file_bytes: int) -> Plan:
+def agree_on_plan(rows: Rows, bucket_bytes: int, file_bytes: int, min_file_bytes: int) -> Plan:
     """The plan of all ranks' rows. Collective.
 
     A tensor that is replicated, or in no group, is taken whole from one rank, its writer where that has it; every
     other must be tiled by its shards.
 
+    Names, shapes and dtypes travel once, from rank 0, for nearly always it has heard of every tensor; then each rank
+    sends what it alone knows, and numbers.
+
     Raises:
         RuntimeError: on all ranks, naming the tensor: an element that no rank or more than one holds, ranks that
             disagree on a shape or dtype, weights that are not fp32, a dtype that checkpoints do not know.
     """
-    answers = dist.all_objects((rows, socket.gethostname()))
-    tensors: dict[str, dict[str, Tiled]] = {}
-    for kind in (MODEL, OPTIMIZER, EMA):
-        if any(kind in of_rank for of_rank, _ in answers):
-            tensors[kind] = _tensors(kind, [of_rank.get(kind, []) for of_rank, _ in answers])
-    for name in tensors.get(OPTIMIZER, {}):
-        if name in tensors.get(MODEL, {}):
-            raise RuntimeError(f"tensor {name!r} is both a weight and a state")
-    hosts = [host for _, host in answers]
+    known: list[Name] = dist.broadcast_object(list(dict.fromkeys(rows.names)))
+    heard = set(known)
+    news = list(dict.fromkeys(name for name in rows.names if name not in heard))
+    answers: list[tuple[list[str], list[Name], str]] = dist.all_objects((rows.kinds, news, socket.gethostname()))
+    hosts = [host for _, _, host in answers]
+    kinds = [kind for kind in (MODEL, OPTIMIZER, EMA) if any(kind in of_rank for of_rank, _, _ in answers)]
+    numbers = _numbered([known, *(news for _, news, _ in answers)])
+    pieces = _all_pieces(rows, numbers)
+    tensors: dict[str, dict[str, Tiled]] = {kind: {} for kind in kinds}
+    for (kind, spec), tensor in zip(numbers, _tiled(list(numbers), pieces), strict=True):
+        tensors[kind][spec.name] = tensor
     files = assign_files(tensors, hosts, file_bytes, min_file_bytes)
-    queues = shares(tensors, files, len(hosts))
-    share_bytes = [sum(segment.nbytes for segment in queue) for queue in queues]
-    return Plan(list(tensors), files, share_bytes, rounds(queues, bucket_bytes, dist.rank()), hosts)
+    share_bytes = [0] * len(hosts)
+    for file in files:
+        share_bytes[file.writer] += file.nbytes
+    own = rounds(shares(tensors, files, len(hosts)), bucket_bytes, dist.rank())
+    return Plan(kinds, files, share_bytes, own, hosts)
 
 
-def _row(shard: Shard) -> Row:
-    assert shard.data.dim() == 1, f"{shard.name}: a shard's data is 1-D, not {tuple(shard.data.shape)}"
-    assert shard.data.is_contiguous(), f"{shard.name}: a shard's data is contiguous"
-    spec, numel = TensorSpec(shard.name, tuple(shard.shape), shard.data.dtype), shard.data.numel()
-    return Row(spec, shard.start, numel, (shard.replicated or shard.group is None) and numel == shard.total)
+def _numbered(lists: list[list[Name]]) -> dict[Name, int]:
+    """All tensors that some rank knows, numbered, and what is wrong with them: rank 0's list, then each rank's news."""
+    first: dict[tuple[str, str], tuple[int, TensorSpec]] = {}
+    numbers: dict[Name, int] = {}
+    for i, names in enumerate(lists):
+        rank = max(0, i - 1)
+        for kind, spec in names:
+            where, before = first.setdefault((kind, spec.name), (rank, spec))
+            if spec != before:
+                raise RuntimeError(
+                    f"tensor {spec.name!r} is {before.dtype} {before.shape} on rank {where} "
+                    f"and {spec.dtype} {spec.shape} on rank {rank}"
+                )
+            if spec.dtype not in DTYPE_NAMES:
+                raise RuntimeError(f"tensor {spec.name!r}: checkpoints do not hold {spec.dtype}")
+            if kind != OPTIMIZER and spec.dtype != torch.float32:
+                raise RuntimeError(f"tensor {spec.name!r}: weights are saved as fp32, not {spec.dtype}")
+            if ({MODEL: OPTIMIZER, OPTIMIZER: MODEL}.get(kind), spec.name) in first:
+                raise RuntimeError(f"tensor {spec.name!r} is both a weight and a state")
+            numbers.setdefault((kind, spec), len(numbers))
+    return numbers
 
 
-def _tensors(kind: str, rows: list[list[Row]]) -> dict[str, Tiled]:
-    held: dict[str, list[tuple[Row, Piece]]] = {}
-    for rank, of_rank in enumerate(rows):
-        for index, row in enumerate(of_rank):
-            piece = Piece(rank, index, row.start, row.start + row.numel)
-            held.setdefault(row.spec.name, []).append((row, piece))
-    tensors = {name: _tiled(name, found) for name, found in held.items()}
-    if kind != OPTIMIZER:
-        for name, tensor in tensors.items():
-            if tensor.spec.dtype != torch.float32:
-                raise RuntimeError(f"tensor {name!r}: weights are saved as fp32, not {tensor.spec.dtype}")
-    return tensors
+def _all_pieces(rows: Rows, numbers: dict[Name, int]) -> npt.NDArray[np.int64]:
+    """The pieces of all ranks (pieces, 6), sorted by tensor and first element: the tensor's number, the rank, and its
+    place there. Collective. Shards without elements are left out."""
+    own = np.empty((len(rows.names), 6), dtype=np.int64)
+    own[:, 0] = [numbers[name] for name in rows.names]
+    own[:, 1] = dist.rank()
+    own[:, 2:] = rows.places
+    own = own[own[:, 4] > own[:, 3]]
+    pieces = np.concatenate(dist.all_objects(own))
+    return pieces[np.lexsort((pieces[:, 3], pieces[:, 0]))]
 
 
-def _tiled(name: str, found: list[tuple[Row, Piece]]) -> Tiled:
-    spec, first = found[0][0].spec, found[0][1].rank
-    for row, piece in found:
-        if row.spec != spec:
-            raise RuntimeError(
-                f"tensor {name!r} is {spec.dtype} {spec.shape} on rank {first} "
-                f"and {row.spec.dtype} {row.spec.shape} on rank {piece.rank}"
-            )
-    if spec.dtype not in DTYPE_NAMES:
-        raise RuntimeError(f"tensor {name!r}: checkpoints do not hold {spec.dtype}")
-    whole = tuple(piece for row, piece in found if row.anywhere)
-    if whole:
-        return Tiled(spec, whole, anywhere=True)
-    pieces = sorted((piece for _, piece in found if piece.stop > piece.start), key=lambda piece: piece.start)
-    cursor, before = 0, -1
-    for piece in pieces:
-        if piece.start > cursor:
-            raise RuntimeError(f"tensor {name!r}: no rank holds its elements [{cursor}, {piece.start})")
-        if piece.start < cursor:
-            raise RuntimeError(
-                f"tensor {name!r}: ranks {before} and {piece.rank} both hold its elements from {piece.start} on"
-            )
-        cursor, before = piece.stop, piece.rank
-    if cursor != spec.numel:
+def _tiled(names: list[Name], pieces: npt.NDArray[np.int64]) -> Iterator[Tiled]:
+    """Each tensor with its pieces, if they tile it."""
+    bounds = np.searchsorted(pieces[:, 0], np.arange(len(names) + 1)).tolist()
+    for (_, spec), begin, end in zip(names, bounds, bounds[1:], strict=False):
+        own = pieces[begin:end]
+        whole = own[:, 5] == 1
+        if whole.any():
+            yield Tiled(spec, own[whole, 1:5], anywhere=True)
+            continue
+        ends = np.concatenate([[0], own[:, 4]])
+        starts = np.concatenate([own[:, 3], [spec.numel]])
+        wrong = np.flatnonzero(starts != ends)
+        if len(wrong):
+            _refuse(spec, own, int(wrong[0]))
+        yield Tiled(spec, own[:, 1:5])
+
+
+def _refuse(spec: TensorSpec, pieces: Any, at: int) -> None:
+    """Say what is wrong where the `at`-th piece, or the end, does not follow on the piece before it."""
+    cursor = int(pieces[at - 1, 4]) if at else 0
+    if at == len(pieces):
         raise RuntimeError(
-            f"tensor {name!r}: no rank holds its elements [{cursor}, {spec.numel}), or it has not so many"
+            f"tensor {spec.name!r}: no rank holds its elements [{cursor}, {spec.numel}), or it has not so many"
         )
-    return Tiled(spec, tuple(pieces))
+    start, rank = int(pieces[at, 3]), int(pieces[at, 1])
+    if start > cursor:
+        raise RuntimeError(f"tensor {spec.name!r}: no rank holds its elements [{cursor}, {start})")
+    raise RuntimeError(
+        f"tensor {spec.name!r}: ranks {int(pieces[at - 1, 1])} and {rank} both hold its elements from {start} on"
+    )
 
 
-def share_of(plan: Plan, tensors: Tensors) -> Iterator[torch.Tensor]:
+def bucket_for(plan: Plan) -> torch.Tensor:
+    """Room for what this rank sends and receives in the largest round, together: 1-D uint8, where it can be sent from.
+
+    Raises:
+        MemoryError: it cannot be had.
+    """
+    nbytes, device = plan.bucket_bytes, wire()
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        raise MemoryError(
+            f"no room on {device} for a bucket of {nbytes / 1e6:,.1f} MB to send and receive with: {error}"
+        ) from error
+
+
+def share_of(plan: Plan, tensors: Tensors, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
     """The bytes that this rank writes, in the order of its files, piece by piece; the other ranks' come in rounds.
 
     Collective: every rank must run it to its end. A piece is 1-D uint8, on the CPU or the device, part of a live shard
-    or of the buffer, and good until the next one is asked for.
+    or of the bucket, and good until the next one is asked for.
 
     Args:
         tensors: this rank's shards, as the plan was made of them.
+        bucket: from `bucket_for`; the caller's, so that all ranks have theirs before the first is waited for.
     """
     me = dist.rank()
-    # One buffer for what is sent and what is received, for all rounds: one bucket, whatever an allocator keeps.
-    needed = max((this.buffer_bytes(me) for this in plan.rounds), default=0)
-    buffer = torch.empty(needed, dtype=torch.uint8, device=_wire() if needed else None)
     for this in plan.rounds:
-        received = _exchange(this, tensors, buffer) if this.travels else {}
+        received = _exchange(this, tensors, bucket) if this.travels else {}
         cursors = dict.fromkeys(received, 0)
         for segment in this.arrivals:
             if segment.source == me:
@@ -180,6 +248,28 @@ def _bytes(tensors: Tensors, segment: Segment) -> torch.Tensor:
     return data.view(torch.uint8)[segment.start : segment.start + segment.nbytes]
 
 
-def _wire() -> torch.device:
+def wire() -> torch.device:
     """Where a tensor must lie to be sent: gloo sends from the CPU, the accelerators' libraries from the device."""
-    return torch.device("cpu") if torch_dist.get_backend() == "gloo" else dist.device()
+    alone = not torch_dist.is_initialized()
+    return torch.device("cpu") if alone or torch_dist.get_backend() == "gloo" else dist.device()
+
+
+def together(action: Callable[[], None], ranks: Collection[int] | None = None) -> None:
+    """Run `action` on all ranks, or on these; what failed on the first that failed is raised on all (RuntimeError).
+
+    Collective."""
+    failure: Exception | None = None
+    if ranks is None or dist.rank() in ranks:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    answers = dist.all_objects((None if failure is None else reason_of(failure), socket.gethostname()))
+    for rank, (reason, _) in enumerate(answers):
+        if reason is not None:
+            raise RuntimeError(f"{place_of(rank, [host for _, host in answers])}{reason}") from failure
+
+
+def place_of(rank: int, hosts: list[str]) -> str:
+    """Whose trouble it is; nothing in a world of one."""
+    return f"rank {rank} on {hosts[rank]}: " if len(hosts) > 1 else ""

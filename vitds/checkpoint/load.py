@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +90,25 @@ class Checkpoint:
         return read_one(self.kinds[kind], name, start, numel, None, self.path)
 
 
+def open_weights(path: Path, kind: str = MODEL, verify: str = "full") -> WeightsFile:
+    """Weights to start from, checked as those of a resume where there is a manifest. Collective over all ranks.
+
+    Raises:
+        UserError: on all ranks, see `WeightsFile`; or content that is not what was saved.
+    """
+
+    def checked() -> WeightsFile:
+        weights = WeightsFile(path, kind)
+        if weights.manifest is not None and verify == "full":
+            _check_share(path, weights.manifest, weights.files)
+        return weights
+
+    weights, reason = _agreed(checked)
+    if weights is None:
+        raise UserError(reason)
+    return weights
+
+
 class WeightsFile:
     """Weights to start from: a checkpoint directory, a Hugging Face directory, or one .safetensors file.
 
@@ -107,11 +126,12 @@ class WeightsFile:
             UserError: nothing there that holds weights, only pickles, or files that cannot be right.
         """
         self.path = path
+        self.manifest: Manifest | None = None
         if path.is_file():
             self._stored = read_header(path) if path.suffix == ".safetensors" else _no_weights(path)
             return
         if (path / MANIFEST).exists():
-            check_whole(path)
+            self.manifest = check_whole(path)
         elif not _holds(path, MODEL):
             _no_weights(path)
         if not _holds(path, kind):
@@ -122,6 +142,11 @@ class WeightsFile:
     def specs(self) -> dict[str, TensorSpec]:
         """Name, shape and stored dtype of every tensor."""
         return {name: stored.spec for name, stored in self._stored.items()}
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files in which they lie."""
+        return {stored.path.name for stored in self._stored.values()}
 
     def read_into(self, shards: list[Shard]) -> None:
         """Fill the shards' live data, cast to fp32; tensors that no shard asks for are left alone. Collective.
@@ -149,38 +174,32 @@ def newest_checkpoint(
         directory: the run's `checkpoints/`; it need not exist.
         verify: "full" hashes every file; "size" only compares the lengths of those that hold tensors.
         report: told, on rank 0, of every newer directory that was passed over, and why; default: standard error.
-        passed_over: given the training_state of a whole checkpoint, the reason why the run does not want it, or None;
-            asked on rank 0.
+        passed_over: given the training_state of a checkpoint, the reason why the run does not want it, or None; asked
+            on every rank, before the tensors are hashed.
 
     Raises:
-        UserError: on all ranks: there are damaged checkpoints, and none that can be used (each is named, with its
-            reason); or the newest is of a later format version than this program reads.
+        UserError: on all ranks: there are checkpoints, and none that can be used (each is named, with its reason): a
+            run never begins afresh by itself; or the newest is of a later format version than this program reads.
     """
     say = report or (lambda line: print(f"vitds: {line}", file=sys.stderr, flush=True))
     rejected: list[str] = []
-    damaged = 0
-    found: Checkpoint | None = None
     for name in _agreed_listing(directory):
-        checkpoint, reason = _open(directory / name, verify)
-        unwanted = None
-        if checkpoint is not None and passed_over is not None:
-            unwanted = dist.broadcast_object(passed_over(checkpoint.training_state) if dist.is_main() else None)
-        if checkpoint is not None and unwanted is None:
-            found = checkpoint
-            break
-        damaged += checkpoint is None
-        rejected.append(f"{name}: {unwanted or reason}")
-    if found is None and damaged:
+        checkpoint, reason = _open(directory / name, verify, passed_over)
+        if checkpoint is not None:
+            if dist.is_main():
+                for line in rejected:
+                    say(f"checkpoint not used: {line}")
+                if rejected:
+                    say(f"going back to {checkpoint.path}")
+            return checkpoint
+        rejected.append(f"{name}: {reason}")
+    if rejected:
         listing = "\n  ".join(rejected)
         raise UserError(
             f"{directory}: {len(rejected)} checkpoint(s) and none can be used; repair them, or move them away to start "
             f"afresh:\n  {listing}"
         )
-    if dist.is_main() and rejected:
-        for line in rejected:
-            say(f"checkpoint not used: {line}")
-        say(f"going back to {found.path}" if found is not None else f"{directory}: no checkpoint is left to go back to")
-    return found
+    return None
 
 
 def open_checkpoint(path: Path, verify: str = "full") -> Checkpoint:
@@ -207,15 +226,35 @@ def _agreed_listing(directory: Path) -> list[str]:
     return sorted(names, key=lambda name: step_of(name) or 0, reverse=True)
 
 
-def _open(path: Path, verify: str) -> tuple[Checkpoint | None, str]:
-    """The checkpoint, or the first rank's reason why it is none; the same answer on every rank."""
-    verified, reason = _agreed(lambda: _verified(path, verify))
-    if verified is None:
+def _open(
+    path: Path, verify: str, passed_over: Callable[[dict[str, Any]], str | None] | None = None
+) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or the first rank's reason why it is none or not wanted; the same answer on every rank."""
+    found, reason = _agreed(lambda: _wanted(path, passed_over))
+    if found is None:
         return None, reason
-    manifest, seen = verified
+    manifest, unwanted, seen = found
     if len(set(dist.all_objects(seen))) > 1:
         return None, f"{path / MANIFEST}: ranks see different files; the directory must be shared by all hosts"
+    if unwanted is not None:
+        return None, unwanted
+    if verify == "full":
+        # Sums come before content: what a flipped bit makes of a header would be blamed on another file.
+        _, reason = _agreed(lambda: _check_share(path, manifest))
+        if reason:
+            return None, reason
     return _agreed(lambda: _loadable(path, manifest))
+
+
+def _wanted(path: Path, passed_over: Callable[[dict[str, Any]], str | None] | None) -> tuple[Manifest, str | None, str]:
+    """The manifest, why the checkpoint is not wanted, and the manifest's SHA-256."""
+    manifest, unwanted = check_whole(path), None
+    if passed_over is not None:
+        state = read_json(path / TRAINING_STATE)
+        check_version(state, path / TRAINING_STATE)
+        check_training_state(state, manifest.step, str(path / TRAINING_STATE))
+        unwanted = passed_over(state)
+    return manifest, unwanted, sha256_of(path / MANIFEST)
 
 
 def _agreed(action: Callable[[], Result]) -> tuple[Result | None, str]:
@@ -232,14 +271,6 @@ def _agreed(action: Callable[[], Result]) -> tuple[Result | None, str]:
     if newer:
         raise UserError(reason)
     return None, reason if len({answer[2] for answer in answers}) == 1 else f"{reason} (on {host})"
-
-
-def _verified(path: Path, verify: str) -> tuple[Manifest, str]:
-    """Sums come before content: what a flipped bit makes of an index or a header would be blamed on another file."""
-    manifest = check_whole(path)
-    if verify == "full":
-        _check_share(path, manifest)
-    return manifest, sha256_of(path / MANIFEST)
 
 
 def _loadable(path: Path, manifest: Manifest) -> Checkpoint:
@@ -262,10 +293,15 @@ def _check_same_tensors(kinds: dict[str, dict[str, StoredTensor]], path: Path) -
         raise UserError(f"{path}: tensor {differing!r} is not the same in {MODEL} and in {EMA}")
 
 
-def _check_share(path: Path, manifest: Manifest) -> None:
-    """Hash this rank's share of the tensors' files: largest first, each to the rank with the least to do."""
+def _check_share(path: Path, manifest: Manifest, only: Collection[str] | None = None) -> None:
+    """Hash this rank's share of the tensors' files: largest first, each to the rank with the least to do.
+
+    Args:
+        only: names of the files that matter; default all.
+    """
     load = [0] * dist.world_size()
-    files = [(name, record) for name, record in manifest.files.items() if name.endswith(TENSORS)]
+    names = manifest.files if only is None else only
+    files = [(name, manifest.files[name]) for name in names if name.endswith(TENSORS)]
     for name, record in sorted(files, key=lambda item: (-item[1].bytes, item[0])):
         rank = load.index(min(load))
         load[rank] += record.bytes

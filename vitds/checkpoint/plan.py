@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from vitds.checkpoint.format import file_names
 from vitds.checkpoint.tensorfile import TensorSpec, file_order
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, stop) of a tensor: the whole of the `index`-th shard of `rank`."""
-
-    rank: int
-    index: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiled:
     """A logical tensor and the pieces that tile it exactly once, in order; `anywhere`: each piece is all of it."""
 
     spec: TensorSpec
-    pieces: tuple[Piece, ...]
+    pieces: npt.NDArray[np.int64]
+    """(pieces, 4): the rank, the shard's number within its kind there, first element, one past the last. An array: a
+    thousand ranks hold millions of pieces."""
     anywhere: bool = False
 
-    def held(self) -> dict[int, int]:
-        """Elements by rank."""
-        held: dict[int, int] = {}
-        for piece in self.pieces:
-            held[piece.rank] = held.get(piece.rank, 0) + piece.stop - piece.start
-        return held
+    def held(self) -> list[int]:
+        """Elements by rank, up to the last rank that holds some."""
+        rank, _, start, stop = self.pieces.T
+        return [int(numel) for numel in np.bincount(rank, weights=stop - start)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +138,7 @@ def _fill(
     for kind in sorted(tensors, key=lambda kind: counts[kind]):
         own = [slot for slot in slots if slot.kind == kind]
         for tensor in sorted(tensors[kind].values(), key=lambda tensor: (-tensor.spec.nbytes, tensor.spec.name)):
-            size, held = tensor.spec.nbytes, tensor.held()
+            size, held = tensor.spec.nbytes, dict(enumerate(tensor.held()))
             with_room = [slot for slot in own if not slot.specs or slot.nbytes + size <= file_bytes]
             if not with_room:
                 return [], kind
@@ -165,24 +158,30 @@ def _fill(
     return slots, None
 
 
-def shares(tensors: Mapping[str, Mapping[str, Tiled]], files: Sequence[PlannedFile], world: int) -> list[list[Segment]]:
-    """What each rank writes, as segments in the order of its files."""
-    queues: list[list[Segment]] = [[] for _ in range(world)]
+def shares(
+    tensors: Mapping[str, Mapping[str, Tiled]], files: Sequence[PlannedFile], world: int
+) -> list[Iterator[Segment]]:
+    """What each rank writes, as segments in the order of its files, made as they are asked for."""
+    own: list[list[PlannedFile]] = [[] for _ in range(world)]
+    for file in files:
+        own[file.writer].append(file)
+    return [_segments(tensors, of_rank) for of_rank in own]
+
+
+def _segments(tensors: Mapping[str, Mapping[str, Tiled]], files: Sequence[PlannedFile]) -> Iterator[Segment]:
     for file in files:
         for spec in file.specs:
             tensor = tensors[file.kind][spec.name]
-            pieces = tensor.pieces
+            pieces = tensor.pieces.tolist()
             if tensor.anywhere:
-                own = [piece for piece in pieces if piece.rank == file.writer]
-                pieces = tuple(own[:1]) or (pieces[file.writer % len(pieces)],)
-            for piece in pieces:
-                nbytes = (piece.stop - piece.start) * spec.dtype.itemsize
-                if nbytes:
-                    queues[file.writer].append(Segment(piece.rank, file.kind, piece.index, 0, nbytes))
-    return queues
+                own = [piece for piece in pieces if piece[0] == file.writer]
+                pieces = own[:1] or [pieces[file.writer % len(pieces)]]
+            for rank, shard, start, stop in pieces:
+                if stop > start:
+                    yield Segment(rank, file.kind, shard, 0, (stop - start) * spec.dtype.itemsize)
 
 
-def rounds(queues: Sequence[Sequence[Segment]], bucket_bytes: int, me: int) -> list[Round]:
+def rounds(queues: Sequence[Iterable[Segment]], bucket_bytes: int, me: int) -> list[Round]:
     """The exchanges that bring every rank its share, in order, as rank `me` sees them.
 
     In each, what a rank sends and what it receives are together at most `bucket_bytes`; a writer's own segments do not
@@ -190,18 +189,18 @@ def rounds(queues: Sequence[Sequence[Segment]], bucket_bytes: int, me: int) -> l
     many want feeds them alike.
     """
     world = len(queues)
-    heads, done = [0] * world, [0] * world
+    rest, done = [iter(queue) for queue in queues], [0] * world
+    heads = [next(of_writer, None) for of_writer in rest]
     portion = max(1, bucket_bytes // (2 * world))
     found: list[Round] = []
-    while any(heads[writer] < len(queues[writer]) for writer in range(world)):
+    while any(head is not None for head in heads):
         this, room, moved = Round(), [bucket_bytes] * world, True
         while moved:
             moved = False
             for turn in range(world):
                 writer = (turn + len(found)) % world
                 left = portion
-                while heads[writer] < len(queues[writer]):
-                    segment = queues[writer][heads[writer]]
+                while (segment := heads[writer]) is not None:
                     nbytes = segment.nbytes - done[writer]
                     if segment.source != writer:
                         nbytes = min(nbytes, left, room[writer], room[segment.source])
@@ -211,14 +210,12 @@ def rounds(queues: Sequence[Sequence[Segment]], bucket_bytes: int, me: int) -> l
                         room[segment.source] -= nbytes
                         left -= nbytes
                         moved = this.travels = True
-                    part = segment._replace(start=segment.start + done[writer], nbytes=nbytes)
-                    if writer == me:
-                        _extend(this.arrivals, part)
-                    elif segment.source == me:
-                        _extend(this.sends.setdefault(writer, []), part)
+                    if me in (writer, segment.source):
+                        part = segment._replace(start=segment.start + done[writer], nbytes=nbytes)
+                        _extend(this.arrivals if writer == me else this.sends.setdefault(writer, []), part)
                     done[writer] += nbytes
                     if done[writer] == segment.nbytes:
-                        heads[writer], done[writer] = heads[writer] + 1, 0
+                        heads[writer], done[writer] = next(rest[writer], None), 0
         found.append(this)
     return found
 

@@ -27,6 +27,10 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """The last losses, by which the guard knows a spike."""
 
+    def mark(self) -> tuple[int, int]:
+        """What tells this state from every other of the run."""
+        return self.position, self.evaluated
+
     def last_batches(self, number: int, global_batch: int) -> tuple[int, int]:
         """Positions [start, end) of the last global batches, the one under way included."""
         begun = hop(self.position, self.skipped)

@@ -7,15 +7,22 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitds import dist
-from vitds.checkpoint.format import DELETED, REPLACED, TEMPORARY, check_directory, step_of
+from vitds.checkpoint.files import read_json
+from vitds.checkpoint.format import DELETED, REPLACED, TEMPORARY, TRAINING_STATE, check_directory, step_of
+from vitds.checkpoint.training_state import check_training_state
 from vitds.errors import UserError
+from vitds.guard import spoiled
 from vitds.sections import Duration, key
 
 _LEFTOVER = re.compile(rf"(step-\d{{9,18}})({'|'.join(map(re.escape, (DELETED, REPLACED, TEMPORARY)))})")
+_PROBE = re.compile(rf"bandwidth-\d+{re.escape(TEMPORARY)}")
+"""What `write_bandwidth` writes."""
 
 _deletions: list[threading.Thread] = []
 """Deletions that are under way: large directories take seconds, which no step should wait for."""
@@ -54,7 +61,14 @@ class CheckpointSection:
                 raise UserError(f"vitds.checkpoint.{name}: expected a whole number ≥ 1, found {value}")
 
 
-def prune(directory: Path, keep_last: int, keep_every_steps: int | None, newest: Path | None = None) -> list[Path]:
+def prune(
+    directory: Path,
+    keep_last: int,
+    keep_every_steps: int | None,
+    newest: Path | None = None,
+    skips: Sequence[Sequence[int]] = (),
+    safe: int | None = None,
+) -> list[Path]:
     """Delete the checkpoints that the policy does not keep, and return them. Acts on rank 0, after a save.
 
     They lose their names here and their files in a thread, see `finish_deletions`. What cannot be deleted stays.
@@ -67,18 +81,25 @@ def prune(directory: Path, keep_last: int, keep_every_steps: int | None, newest:
         keep_every_steps: keep multiples of it, too.
         newest: the checkpoint just saved. Those of later steps belong to a course of training that was given up
             (rolled back, or rejected at a resume): they neither count nor are deleted.
+        skips: positions that the run has given up; a checkpoint that learnt from them does not count and is deleted.
+        safe: the newest checkpoint that has learnt from no position at or after this one is kept, too: what a rollback
+            from here would go back to; and the next one, which will take its place.
     """
     assert keep_last >= 1, keep_last
     if not dist.is_main():
         return []
     limit = step_of(newest.name) if newest is not None else None
-    steps = {path: step_of(path.name) for path in _listing(directory) if _is_whole(path)}
-    known = sorted(
-        (step, path) for path, step in steps.items() if step is not None and (limit is None or step <= limit)
-    )
+    states = {path: state for path in _listing(directory) if (state := _state_in(path)) is not None}
+    known = sorted((state["step"], path) for path, state in states.items() if limit is None or state["step"] <= limit)
+    good = [(step, path) for step, path in known if spoiled(states[path], skips) is None]
+    kept = {path for _, path in good[-keep_last:]}
+    kept |= {path for step, path in good if keep_every_steps is not None and step % keep_every_steps == 0}
+    if safe is not None:
+        kept |= set([path for _, path in good if states[path]["position"] <= safe][-1:])
+        kept |= set([path for _, path in good if states[path]["position"] > safe][:1])
     deleted: dict[Path, Path] = {}
-    for step, path in known[:-keep_last]:
-        if keep_every_steps is None or step % keep_every_steps:
+    for _, path in known if good else []:
+        if path not in kept:
             # Under another name first: a directory that is half deleted must not look like a checkpoint.
             doomed = path.with_name(path.name + DELETED)
             with contextlib.suppress(OSError):  # tried again after the next save
@@ -115,10 +136,14 @@ def remove_leftovers(directory: Path) -> list[Path]:
     removed = []
     for path in sorted(directory.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
+        if match is None and not _PROBE.fullmatch(path.name):
             continue
-        name = path.with_name(match[1])
         try:
+            if match is None:
+                path.unlink()
+                removed.append(path)
+                continue
+            name = path.with_name(match[1])
             if match[2] == REPLACED and not name.exists():
                 os.rename(path, name)
             else:
@@ -136,11 +161,15 @@ def _listing(directory: Path) -> list[Path]:
         return []
 
 
-def _is_whole(path: Path) -> bool:
-    if step_of(path.name) is None:
-        return False
+def _state_in(path: Path) -> dict[str, Any] | None:
+    """The training state of a checkpoint that is whole by its files' lengths; else None."""
+    step = step_of(path.name)
+    if step is None:
+        return None
     try:
         check_directory(path)
+        state = read_json(path / TRAINING_STATE)
+        check_training_state(state, step, "")
     except (UserError, OSError):
-        return False
-    return True
+        return None
+    return state

@@ -6,13 +6,11 @@ while training goes on, and `commit`, at a later step edge, makes it a checkpoin
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,22 @@ from typing import Any
 import torch
 
 from vitds import dist
+from vitds.checkpoint.bandwidth import write_bandwidth
 from vitds.checkpoint.directory import clear, make_directory, seal, small_files
-from vitds.checkpoint.files import DurableFile
 from vitds.checkpoint.format import TEMPORARY, directory_name
-from vitds.checkpoint.gather import Plan, Row, Tensors, agree_on_plan, rows_of, share_of
-from vitds.checkpoint.share import Written, on_the_host, reason_of, write_share
+from vitds.checkpoint.gather import (
+    Plan,
+    Rows,
+    Tensors,
+    agree_on_plan,
+    bucket_for,
+    place_of,
+    rows_of,
+    share_of,
+    together,
+    wire,
+)
+from vitds.checkpoint.share import HostCopy, Written, on_the_host, reason_of, write_share
 from vitds.checkpoint.tensorfile import bytes_of
 from vitds.errors import Stopped
 from vitds.host_memory import available_bytes
@@ -39,7 +48,8 @@ class Saved:
     step: int
     bytes: int
     stall_seconds: float
-    """What training waited for it: `begin` and `commit` on rank 0."""
+    """What training waited for it: `begin` and `commit` on rank 0. What the caller does besides, such as deleting
+    earlier checkpoints, is not in it."""
     write_seconds: float
     """The longest that a rank wrote."""
     background: bool
@@ -65,13 +75,14 @@ class _InFlight:
 class Saver:
     """Writes the checkpoints of one run, one at a time.
 
-    Device memory: one bucket. Host memory: one copy of this rank's share, kept from save to save, and one bucket; where
-    a host has no room for them, saves are synchronous and say so.
+    Memory: one bucket while `begin` runs, on the device where that is what ranks send from, else on the host; it is
+    given back to torch then. On the host one copy of this rank's share, kept from save to save; where a host has no
+    room for it, saves are synchronous and say so.
 
     Args:
         directory: the run's `checkpoints/`, shared by all ranks; made if it is missing.
         background: write while training goes on; False: `begin` returns when all is written.
-        bucket_bytes: what a rank sends and receives at a time, together.
+        bucket_bytes: what a rank sends and receives at a time, together, at most.
         file_bytes: largest file, unless a single tensor is larger.
         min_file_bytes: files are not split among ranks below this.
     """
@@ -87,8 +98,8 @@ class Saver:
     ) -> None:
         self.directory, self.background = directory, background
         self._sizes = (bucket_bytes, file_bytes, min_file_bytes)
-        self._plan: tuple[dict[str, list[Row]], Plan] | None = None
-        self._host: torch.Tensor | None = None
+        self._plan: tuple[Rows, Plan] | None = None
+        self._host: HostCopy | None = None
         self._save: _InFlight | None = None
 
     @property
@@ -107,10 +118,18 @@ class Saver:
         Raises:
             Stopped: they cannot be saved, see `begin`.
         """
-        try:
-            return max(self._agreed_plan(tensors).share_bytes)
-        except RuntimeError as error:
-            raise Stopped(f"the state cannot be saved: {error}") from error
+        return max(self._plan_or_stop(tensors).share_bytes)
+
+    def predicted_seconds(self, tensors: Tensors, probe_bytes: int) -> tuple[int, float]:
+        """What tells how long a save of these tensors takes: bytes of the largest share, and bytes per second of the
+        slowest writer, measured now, with all that would write writing `probe_bytes` or less. Collective.
+
+        Raises:
+            Stopped: they cannot be saved, see `begin`; or it cannot be written there.
+        """
+        shares = self._plan_or_stop(tensors).share_bytes
+        writers = {rank for rank, nbytes in enumerate(shares) if nbytes}
+        return max(shares), write_bandwidth(self.directory, min(probe_bytes, max(shares)), writers)
 
     def begin(
         self,
@@ -131,15 +150,16 @@ class Saver:
             extra_files: name -> content (config.json, README.md, …). Read on rank 0.
 
         Raises:
-            Stopped: on all ranks alike, with the first reason: no room on the disk, a directory that cannot be made,
-                training_state is not JSON, an element that no rank or two ranks hold; or the earlier save failed.
-                Nothing is left behind, earlier checkpoints stay.
+            Stopped: on all ranks alike, with the first reason: no room on the disk or for a bucket, a directory that
+                cannot be made, training_state is not JSON, an element that no rank or two ranks hold; or the earlier
+                save failed. Nothing is left behind, earlier checkpoints stay.
         """
         earlier = self.commit() if self.pending else None
         began = time.perf_counter()
         final = self.directory / directory_name(step)
         temporary = final.with_name(final.name + TEMPORARY)
         small: dict[str, bytes] = {}
+        bucket: list[torch.Tensor] = []
 
         def prepare(plan: Plan) -> None:
             content = {name: text.encode() if isinstance(text, str) else text for name, text in extra_files.items()}
@@ -148,27 +168,33 @@ class Saver:
 
         try:
             plan = self._agreed_plan(tensors)
-            _together(lambda: prepare(plan), only=0)
+            together(lambda: prepare(plan), (0,))
+            note = self._take_memory(plan) if self.background else None
+            # Before any data moves: a rank without a bucket would leave the others waiting for its bytes.
+            together(lambda: bucket.append(bucket_for(plan)))
         except RuntimeError as error:
             if dist.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             raise _stopped(final, str(error)) from error
-        save = _InFlight(step, final, temporary, plan)
-        save.note = self._take_memory(plan) if self.background else None
-        host = self._host
+        save, host = _InFlight(step, final, temporary, plan, note), self._host
+        pieces = share_of(plan, tensors, bucket.pop())
         if host is not None:
             save.background, cursor = True, 0
-            for piece in share_of(plan, tensors):
-                host[cursor : cursor + piece.numel()].copy_(piece)
+            for piece in pieces:
+                host.data[cursor : cursor + piece.numel()].copy_(piece)
                 cursor += piece.numel()
 
             def write() -> None:
-                save.written = write_share(temporary, small, plan.own_files, iter([bytes_of(host)]))
+                save.written = write_share(temporary, small, plan.own_files, [bytes_of(host.data)])
 
-            save.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-            save.thread.start()
+            thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            try:
+                thread.start()
+                save.thread = thread
+            except RuntimeError as error:  # no more threads; `commit` tells all
+                save.written = Written(failure=reason_of(error))
         else:
-            save.written = write_share(temporary, small, plan.own_files, on_the_host(share_of(plan, tensors)))
+            save.written = write_share(temporary, small, plan.own_files, on_the_host(pieces))
         save.stall_seconds = time.perf_counter() - began
         self._save = save
         return earlier
@@ -188,11 +214,11 @@ class Saver:
         written = save.written or Written(failure="the writing thread died")
         answers = dist.all_objects(written)
         hosts = save.plan.hosts
-        failures = [f"{_place(rank, hosts)}{found.failure}" for rank, found in enumerate(answers) if found.failure]
+        failures = [f"{place_of(rank, hosts)}{found.failure}" for rank, found in enumerate(answers) if found.failure]
         try:
             if failures:
                 raise RuntimeError(failures[0])
-            _together(lambda: seal(save.temporary, save.final, save.step, hosts, answers), only=0)
+            together(lambda: seal(save.temporary, save.final, save.step, hosts, answers), (0,))
         except RuntimeError as error:
             clear(save.temporary, written)
             raise _stopped(save.final, str(error)) from error
@@ -207,6 +233,12 @@ class Saver:
             note=save.note,
         )
 
+    def _plan_or_stop(self, tensors: Tensors) -> Plan:
+        try:
+            return self._agreed_plan(tensors)
+        except RuntimeError as error:
+            raise Stopped(f"the state cannot be saved: {error}") from error
+
     def _agreed_plan(self, tensors: Tensors) -> Plan:
         """The plan of these tensors, made anew only if some rank's have changed."""
         rows = rows_of(tensors)
@@ -218,83 +250,26 @@ class Saver:
 
     def _take_memory(self, plan: Plan) -> str | None:
         """Have a buffer of exactly this rank's share, on all ranks; or on none, and say why not."""
-        share, bucket = plan.share_bytes[dist.rank()], self._sizes[0]
-        if self._host is not None and self._host.numel() != share:
+        share, bucket = plan.share_bytes[dist.rank()], plan.bucket_bytes if wire().type == "cpu" else 0
+        if self._host is not None and self._host.data.numel() != share:
             self._host = None
         needed = bucket if self._host is not None else share + bucket
         available = available_bytes() // plan.hosts.count(socket.gethostname())
         room = available >= needed
         if room and self._host is None:
             try:
-                self._host = torch.empty(share, dtype=torch.uint8)
-            except RuntimeError:  # a limit on this process, of which the kernel's figures know nothing
+                self._host = HostCopy(share)
+            except (OSError, RuntimeError):  # a limit on this process, of which the kernel's figures know nothing
                 room = False
         answers = dist.all_objects((room, available, needed))
         for rank, (enough, left, wanted) in enumerate(answers):
             if not enough:
                 self._host = None
                 return (
-                    f"written synchronously: {_place(rank, plan.hosts) or 'this host: '}{left / 1e9:.2f} GB of host memory to be had, "
+                    f"written synchronously: {place_of(rank, plan.hosts) or 'this host: '}{left / 1e9:.2f} GB of host memory to be had, "
                     f"{wanted / 1e9:.2f} GB wanted for a copy of its share and a bucket"
                 )
         return None
-
-
-def write_bandwidth(directory: Path, nbytes: int) -> float:
-    """Bytes per second of the slowest rank when all at once write, hash and sync `nbytes` each; the same on all ranks.
-
-    Collective. The files are removed again.
-
-    Raises:
-        Stopped: on all ranks alike: it cannot be written there.
-    """
-    path = directory / f"bandwidth-{dist.rank()}{TEMPORARY}"
-    block, seconds = memoryview(os.urandom(min(nbytes, 2**24))), [0.0]
-
-    def write() -> None:
-        began, left = time.perf_counter(), nbytes
-        file = DurableFile(path)
-        try:
-            while left > 0:
-                file.write(block[:left])
-                left -= len(block)
-        except BaseException:
-            file.abandon()
-            raise
-        file.close()
-        seconds[0] = time.perf_counter() - began
-
-    def make() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-
-    try:
-        _together(make)
-        _together(write)
-    except RuntimeError as error:
-        raise Stopped(f"{directory}: cannot be written to: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-    return nbytes / max(1e-9, *dist.all_objects(seconds[0]))
-
-
-def _together(action: Callable[[], None], only: int | None = None) -> None:
-    """Run `action` on all ranks, or on one; what failed on the first that failed is raised on all (RuntimeError)."""
-    failure: Exception | None = None
-    if only is None or dist.rank() == only:
-        try:
-            action()
-        except Exception as error:
-            failure = error
-    answers = dist.all_objects((None if failure is None else reason_of(failure), socket.gethostname()))
-    for rank, (reason, _) in enumerate(answers):
-        if reason is not None:
-            raise RuntimeError(f"{_place(rank, [host for _, host in answers])}{reason}") from failure
-
-
-def _place(rank: int, hosts: list[str]) -> str:
-    return f"rank {rank} on {hosts[rank]}: " if len(hosts) > 1 else ""
 
 
 def _stopped(final: Path, reason: str) -> Stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 
 from vitds import dist
 from vitds.json_files import Expendable, append_row
+from vitds.lease import Place
 from vitds.metrics.monitors import Monitor, MonitorSections, open_monitors, tensorboard_directory
 from vitds.metrics.progress_line import ProgressLine
 
@@ -54,7 +56,7 @@ class Recorder:
         if not self._is_main:
             return
         path = Path(run_directory)
-        self._rows = path / "metrics.jsonl"
+        self._rows, self._place = path / "metrics.jsonl", Place(path)
         self._writing, self._speaking = Expendable(self._rows), Expendable("the console")
         self._progress = ProgressLine(total_steps, global_batch, stream)
         opened = open_monitors(monitors, path, first_step, run_file or {})
@@ -76,6 +78,7 @@ class Recorder:
             return
         row = {name: float(value) for name, value in metrics.items()}
         with self._writing:
+            self._place.check()
             append_row(self._rows, {"step": step, **row})
         with self._speaking:
             self._progress.show(step, row)
@@ -131,7 +134,9 @@ def closing_lines(run_directory: str | os.PathLike[str], monitors: MonitorSectio
     if monitors.tensorboard.enabled:
         events = tensorboard_directory(monitors.tensorboard, run)
         lines += [f"tensorboard  {events}", f"             {_command('tensorboard')} --logdir {events}"]
-    steps = sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
+    steps: list[Path] = []
+    with contextlib.suppress(OSError):  # the run is complete, whatever has become of its disk
+        steps = sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
     if steps:
         load = f"AutoModelForImageClassification.from_pretrained('{steps[-1]}')"
         lines += [

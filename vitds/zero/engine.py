@@ -115,6 +115,7 @@ class TrainingEngine:
         else:
             self.foreign = ForeignState(self.optimizer, self.partitions.flats)
         self._norm = 0.0
+        self._first_scale = loss_scaler_state(self.deepspeed)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's output."""
@@ -192,7 +193,8 @@ class TrainingEngine:
         return self.optimizer.state_shards() if self.foreign is None else self.foreign.shards(to_fill)
 
     def forget(self) -> None:
-        """Drop the optimizer's state, as before the first step; the weights stay."""
+        """Drop the optimizer's state and the loss scale, as before the first step; the weights stay."""
+        restore_loss_scaler(self.deepspeed, self._first_scale)
         if self.foreign is None:
             self.optimizer.state.clear()
         else:
