@@ -89,7 +89,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                     directory.bad_samples(held_out.newly_bad())
                     progress.evaluated, progress.evaluation = progress.step, found
                 if every.due(every.save, progress.step):
-                    state.save(progress, safe=progress.last_batches(part.guard.spike_batches, run.global_batch)[0])
+                    state.save(progress, safe=guard.reach(progress, run.global_batch))
             if progress.step == total:
                 break
             rate = engine.set_learning_rate(schedule(progress.step))

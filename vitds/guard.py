@@ -115,6 +115,13 @@ class Guard:
             f"standard deviations above the last {len(self.losses)}{why}; the weights are those of step {at.step}"
         )
 
+    def reach(self, at: Any, global_batch: int) -> int | None:
+        """Position from which on a rollback from here would give batches up (Progress.last_batches); None: there are no
+        rollbacks."""
+        return (
+            at.last_batches(self.section.spike_batches, global_batch)[0] if self.section.spike == "rollback" else None
+        )
+
     def check_update(
         self, updated: bool, loss: float, gradient_norm: float, at: Place, examine: Callable[[], str]
     ) -> None:
