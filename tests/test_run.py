@@ -80,7 +80,12 @@ def started(*command: str | Path, script: str = RUN, **more: str) -> Iterator[su
 
 def python(*statements: str) -> list[str]:
     """A command: these statements, with what they need."""
-    return [sys.executable, "-u", "-c", "import json, os, signal, subprocess, sys, time\n" + "\n".join(statements)]
+    return [
+        sys.executable,
+        "-u",
+        "-c",
+        "import json, os, select, signal, subprocess, sys, time\n" + "\n".join(statements),
+    ]
 
 
 def codes_of(command: list[str], *more: str) -> int:
@@ -151,6 +156,8 @@ os.write(1, f"{who} {os.getpid()}\\n".encode())
 if not worker:
     while True:
         signal.pause()
+while not select.select([sys.stdin], [], [], 0.1)[0]:  # a signal just before a wait without end would go unseen
+    pass
 sys.stdin.readline()
 os.kill(worker, signal.SIGKILL)
 os._exit(7)

@@ -208,6 +208,7 @@ def test_killed_anywhere_it_ends_as_the_unbroken_run(unbroken: tuple[Path, float
     assert not TORTURE or sum(kill.victim not in SIGNALS for kill in kills) >= 100
 
 
+@pytest.mark.skipif(not TORTURE, reason="waits for a living owner; tests/test_run_directory.py has it in short")
 def test_a_second_job_is_refused_and_the_first_undisturbed(unbroken: tuple[Path, float], tmp_path: Path) -> None:
     run, scratch = tmp_path / "run", tmp_path / "scratch"
     scratch.mkdir()

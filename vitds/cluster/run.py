@@ -90,7 +90,11 @@ class _Job:
         outlive_the_console()
         if self._early is not None:
             self.interrupt(self._early)
-        code = process.wait()
+        code = None
+        while code is None:
+            # Not one wait without end: a signal that comes just before it blocks would be seen only after it.
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(1)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (left := self._left()) or (self._ended and self.outcome().get("state") == "running"):
             if time.monotonic() > deadline:
