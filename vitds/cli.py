@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import typing
 from typing import Any, NoReturn
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     runs.add_argument("command", nargs=argparse.REMAINDER, help="[--] deepspeed … launcher/train.py …")
     checkpoint_verbs.add_verbs(verbs)
     options = parser.parse_args(arguments)
+    if options.verb != "run":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vitds … | head` ends quietly
     if options.verb == "config-docs":
         print(config_docs())
         return 0
