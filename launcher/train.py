@@ -136,7 +136,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
     except Preempted as reason:
         state.finish(progress)
         directory.preempted(progress.step, str(reason))
-        raise
+        raise Preempted(f"{reason}: saved at step {progress.step}") from reason
     except Stopped:
         state.commit()  # what was being written is worth having
         raise

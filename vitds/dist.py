@@ -198,7 +198,7 @@ def leave_after(error: BaseException) -> NoReturn:
         leave_with_user_error(str(error))
     if isinstance(error, Preempted):
         if is_main():
-            print(f"vitds: {error}: saved; the same command goes on from here", file=sys.stderr, flush=True)
+            print(f"vitds: {error}; the same command goes on from there", file=sys.stderr, flush=True)
         leave(EXIT_PREEMPTED)
     known = isinstance(error, Stopped)  # on every rank, so that one line from one of them will do
     if not known:
