@@ -122,7 +122,11 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(worlds):
 
 @pytest.mark.launch
 def test_a_run_rolled_back_in_its_own_engine_has_them_too(worlds):
-    for world, (facts, _) in worlds.items():
+    tried = {
+        world: facts for world, (facts, _) in worlds.items() if "rolled_back_losses" in next(iter(facts[0].values()))
+    }
+    assert 2 in tried
+    for world, facts in tried.items():
         for run in facts[0]:
             assert all(fact[run]["differing_after_rollback"] == [] for fact in facts), (world, run)
             assert facts[0][run]["rolled_back_losses"] == facts[0][run]["resumed_losses"], (world, run)

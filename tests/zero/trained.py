@@ -193,11 +193,12 @@ def run(name: str, scratch: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     moved = {k: final[k] - before[k] for k in final if k.split("|")[0] in norms}
     facts["own_update"] = {k: float(v.double().square().sum()) for k, v in moved.items()}
 
-    unbroken.go_on()  # as after a loss spike: back to the checkpoint, in the engine that has gone further
-    assert unbroken.progress.step == STEPS // 2
-    facts["rolled_back_losses"] = unbroken.train(STEPS)
-    once_more = unbroken.held()
-    facts["differing_after_rollback"] = [key for key in final if not torch.equal(final[key], once_more[key])]
+    if dist.world_size() == 2 or os.environ.get("VITDS_TORTURE"):
+        unbroken.go_on()  # as after a loss spike: back to the checkpoint, in the engine that has gone further
+        assert unbroken.progress.step == STEPS // 2
+        facts["rolled_back_losses"] = unbroken.train(STEPS)
+        once_more = unbroken.held()
+        facts["differing_after_rollback"] = [key for key in final if not torch.equal(final[key], once_more[key])]
     unbroken.engine.close()
 
     second = Trainer(this, scratch)
