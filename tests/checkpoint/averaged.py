@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 
-from tests.zero.cells import CELLS
+from tests.zero.small import MODEL, build_engine, initialise
 from vitds import dist
 from vitds.checkpoint import ema as ema_module
 from vitds.checkpoint.ema import Ema
 from vitds.errors import Preempted
 from vitds.layout import Shard
-from vitds.models import ModelSection, ViTForImageClassification, build_config
-from vitds.optim.groups import build_groups
-from vitds.zero.engine import TrainingEngine, init_distributed
+from vitds.models import ViTForImageClassification, build_config
+from vitds.zero import TrainingEngine, init_distributed
 
 STEPS, DECAY = 6, 0.8
-MODEL = ModelSection(
-    width=64, depth=2, mlp_dim=96, num_heads=2, patch_size=2, image_size=8, num_classes=10, loss="sigmoid"
-)
 ADAFACTOR = {"type": "ModifiedAdafactor", "params": {"lr": 2e-2, "weight_decay": 0.03}}
 FROZEN: list[Any] = [[r"blocks\.0\..*|pos_embed", {"frozen": True}]]
 
@@ -78,17 +74,8 @@ def plain_logits(shards: list[Shard], images: torch.Tensor) -> torch.Tensor:
 
 
 def run(cell: str) -> dict[str, Any]:
-    with torch.device("meta"):
-        model = ViTForImageClassification(build_config(MODEL))
-    groups = build_groups(
-        model.shapes, lr=2e-2, weight_decay=0.03, head_weight_decay=None, decay_patterns=model.decay_patterns(),
-        overrides=FROZEN,
-    )  # fmt: skip
-    section = {**CELLS[cell], "train_batch_size": 4 * dist.world_size(), "train_micro_batch_size_per_gpu": 4}
-    engine = TrainingEngine(model, groups, ADAFACTOR, section, 1)
-    for shard in engine.master_shards():
-        shard.data.copy_(model.initial_tensor(shard.name, 0).view(-1)[shard.start : shard.start + shard.data.numel()])
-    engine.refresh_weights()
+    engine, model = build_engine(cell, ADAFACTOR, global_batch=4 * dist.world_size(), accumulation=1, overrides=FROZEN)
+    initialise(engine, model)
     ema = Ema(engine.master_shards, DECAY)
     ema.reset()
     reference = [shard.data.double() for shard in engine.master_shards()]

@@ -162,10 +162,11 @@ def first_world(rank: int, world: int, root: Path, weights: list[Shard], state: 
         found["left elsewhere"] = [path.name for path in own.iterdir()]
     found["not mounted"] = failure_of(lambda: save(own, 15, weights, state, {}, {}))
     found["two begun"] = two_begun(root / "two", weights, state)
+    found["no bandwidth"] = failure_of(lambda: write_bandwidth(root / "two" if rank != 1 else blocked, 100))
     # Rank 1 is no writer: that it has no such directory hurts nobody.
     bandwidth = write_bandwidth(root / "two" if rank != 1 else blocked, 100_000, {0, 2})
     tensors, saver = {MODEL: weights, OPTIMIZER: state}, Saver(root / "two", **SMALL_FILES)
-    share, rate = saver.predicted_seconds(tensors, 50)
+    share, rate = saver.share_and_speed(tensors, 50)
     assert share == saver.plan(tensors) > 0
     assert rate > 0
     found["bandwidth"] = bandwidth, len(list((root / "two").iterdir()))

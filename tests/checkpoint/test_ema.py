@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launching import deepspeed
+from tests.launching import ranks
 from vitds import dist
 from vitds.checkpoint import ema as ema_module
 from vitds.checkpoint.ema import Ema, EmaSection
@@ -170,7 +170,7 @@ def test_the_average_is_evaluated_under_its_own_names_and_may_be_interrupted() -
 
 @pytest.mark.launch
 def test_under_zero_in_bf16(tmp_path: Path) -> None:
-    done = deepspeed(2, Path(__file__).with_name("averaged.py"), tmp_path, timeout=120)
+    done = ranks(2, Path(__file__).with_name("averaged.py"), tmp_path, timeout=120)
     assert (tmp_path / "rank1.json").exists(), done.stdout[-4000:]
     assert done.returncode == 0, done.stdout[-3000:]
     for rank in range(2):

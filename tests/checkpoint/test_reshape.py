@@ -84,6 +84,7 @@ def test_a_tensor_with_a_hole_or_held_twice_is_refused_on_all_ranks(
     assert not (root / "hole").exists()
 
 
+TWICE_NAMED = r"(rank \d+ on \S+: .*){2}"
 FAILURES = {
     "blocked": "rank 0 on .*a file: File exists",
     "not json": "rank 0 on .*JSON",
@@ -106,12 +107,20 @@ def test_a_rank_that_fails_tells_all_and_leaves_the_rest_as_it_was(
     assert len(messages) == 1
     message = messages.pop()
     assert re.search(FAILURES[cause], message), message
+    assert not re.search(TWICE_NAMED, message), message
     assert message.endswith("; earlier ones are untouched")
     assert [path.name for path in (root / "first").iterdir()] == ["step-000000012"]
     assert found[3][1]["left elsewhere"] == []
     checkpoint = newest_checkpoint(root / "first")
     assert checkpoint is not None
     assert checkpoint.step == 12
+
+
+def test_a_rank_that_cannot_try_the_disk_tells_all(world: tuple[Path, dict[int, list[dict[str, Any]]]]) -> None:
+    _, found = world
+    for rank, message in enumerate(ranks["no bandwidth"] for ranks in found[3]):
+        assert re.search("cannot be written to: rank 1 on .*/a file: File exists", message), (rank, message)
+        assert not re.search(TWICE_NAMED, message), message
 
 
 def test_a_save_that_begins_while_one_is_pending_ends_it_first(

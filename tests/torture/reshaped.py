@@ -16,46 +16,35 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.zero.cells import CELLS
-from tests.zero.trained import ADAFACTOR, ADAM
+from tests.zero import trained
+from tests.zero.small import ADAM, DATA, SCHEDULE, build_engine, one_step
 from vitds import dist
 from vitds.checkpoint import CheckpointSection
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.save import Saver
 from vitds.checkpoint.state import RunState
-from vitds.data import DataSection, SourceSection, TrainLoader, build_sources, to_model_range
+from vitds.data import TrainLoader, build_sources
 from vitds.layout import Shard
-from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
-from vitds.optim.groups import build_groups
+from vitds.models import VitdsImageProcessor
 from vitds.run_directory import RunDirectory
 from vitds.schedules import build_schedule
-from vitds.zero import TrainingEngine, init_distributed
+from vitds.zero import init_distributed
 
 SAVED_AT, STEPS, BATCH = 6, 26, 12
 ACCUMULATION = {1: 3, 2: 2, 3: 1}
 """By world size: micro batches of 4, 3 and 4 images."""
 WIDTH = 10
 """With 2 heads of 5, so that no split over 2 or 3 ranks falls between rows."""
-MODEL = ModelSection(
-    width=WIDTH,
-    depth=1,
-    mlp_dim=14,
-    num_heads=2,
-    patch_size=4,
-    image_size=8,
-    num_classes=10,
-    loss="sigmoid",
-    init_head_bias=-2.0,
-)
-OPTIMIZERS: dict[str, dict[str, Any]] = {"adafactor": ADAFACTOR, "adam": ADAM}
+MODEL = replace(trained.MODEL, width=WIDTH, depth=1, mlp_dim=14, patch_size=4)
+OPTIMIZERS: dict[str, dict[str, Any]] = {"adafactor": trained.ADAFACTOR, "adam": ADAM}
 MIXUP = {"adafactor": 0.0, "adam": 0.5}
-SCHEDULE = {"type": "rsqrt", "params": {"warmup_steps": 3, "timescale_steps": 5, "cooldown_steps": 4}}
 SHIFTED = "blocks.0.attn.qkv.weight"
 DESCRIBES_THE_SAVER = ("world_size", "zero_stage")
 """Keys of training_state.json that say where it was saved; all others must survive."""
@@ -83,30 +72,23 @@ class Run:
     """One engine with its state and stream, from the newest checkpoint in a directory or from the start."""
 
     def __init__(self, cell: Cell, directory: Path) -> None:
-        optimizer = OPTIMIZERS[cell.optimizer]
-        with torch.device("meta"):
-            model = ViTForImageClassification(build_config(MODEL))
-        params = optimizer["params"]
-        groups = build_groups(
-            model.shapes, lr=params["lr"], weight_decay=params["weight_decay"],
-            head_weight_decay=params.get("head_weight_decay"), decay_patterns=model.decay_patterns(), overrides=[],
-        )  # fmt: skip
-        self.accumulation = ACCUMULATION[cell.ranks]
-        micro = BATCH // cell.ranks // self.accumulation
-        section = CELLS[f"{cell.precision} z{cell.stage}"]
-        section = {**section, "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro}
-        self.engine = TrainingEngine(model, groups, optimizer, section, self.accumulation)
+        optimizer, self.accumulation = OPTIMIZERS[cell.optimizer], ACCUMULATION[cell.ranks]
+        self.engine, self._model = build_engine(
+            f"{cell.precision} z{cell.stage}",
+            optimizer,
+            model=MODEL,
+            global_batch=BATCH,
+            accumulation=self.accumulation,
+        )
         self.schedule = build_schedule(SCHEDULE, total_steps=STEPS, global_batch=BATCH)
-        self._resolved = {"vitds": {"train": {"seed": 0}}, "optimizer": optimizer, **section}
-        self._model = model
+        self._resolved = {"vitds": {"train": {"seed": 0}}, "optimizer": optimizer, "train_batch_size": BATCH}
         self._state = self._state_in(directory)
         self.progress, _ = self._state.restore()
-        train = SourceSection("digits", transforms=[{"random_shift": {"pixels": 1}}])
-        data = DataSection(train=train, mixup=MIXUP[cell.optimizer])
+        data = replace(DATA, mixup=MIXUP[cell.optimizer])
         source, _ = build_sources(data, 10)
         self.loader = TrainLoader(
-            source, data, image_size=8, num_classes=10, seed=0, global_batch=BATCH, micro_batch=micro, rank=dist.rank(),
-            world_size=cell.ranks, position=self.progress.position,
+            source, data, image_size=8, num_classes=10, seed=0, global_batch=BATCH, rank=dist.rank(), world_size=cell.ranks,
+            micro_batch=BATCH // cell.ranks // self.accumulation, position=self.progress.position,
         )  # fmt: skip
         self.stream: dict[int, str] = {}
         """Position -> digest of the image's and the label's bytes, as this rank's model saw them."""
@@ -133,19 +115,14 @@ class Run:
         losses = []
         while self.progress.step < until:
             self.engine.set_learning_rate(self.schedule(self.progress.step))
-            micro_losses = []
-            for _ in range(self.accumulation):
-                batch = next(self.loader)
+            batches = [next(self.loader) for _ in range(self.accumulation)]
+            for batch in batches:
                 for i, position in enumerate(batch.positions):
                     seen = batch.images[i].numpy().tobytes() + batch.labels[i].numpy().tobytes()
                     self.stream[position] = hashlib.blake2b(seen, digest_size=6).hexdigest()
-                images, labels = to_model_range(batch.images, self.engine.device), batch.labels.to(self.engine.device)
-                loss = self.engine(images, labels=labels).loss
-                self.engine.backward(loss)
-                micro_losses.append(loss.detach())
-                updated = self.engine.step()
+            loss, updated = one_step(self.engine, batches)
             assert updated
-            losses.append(dist.mean(torch.stack(micro_losses)))
+            losses.append(loss)
             self.progress.advance(BATCH, updated)
             self._state.average()
         return losses

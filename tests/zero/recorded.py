@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from tests.zero.cells import ACCUMULATION, CELLS, STEPS
 from vitds import dist
+from vitds.optim import adafactor
 from vitds.optim.groups import build_groups
+from vitds.zero import TrainingEngine, init_distributed
 
 D, HEADS, HEAD, MLP = 66, 2, 33, 71
 SHAPES = {
@@ -105,8 +108,6 @@ class Recorded(torch.nn.Module):
 
 def run(optimizer: str, section: dict, breaking: bool = False) -> dict[str, torch.Tensor]:
     """Step one optimizer in one cell; this rank's fragments of the masters, keyed `name|start`."""
-    from vitds.zero.engine import TrainingEngine
-
     section = {**section, "train_micro_batch_size_per_gpu": 1, "train_batch_size": ACCUMULATION * dist.world_size()}
     engine = TrainingEngine(Recorded(), groups(optimizer), {"type": optimizer, "params": {}}, section, ACCUMULATION)
     for shard in engine.master_shards():
@@ -129,18 +130,12 @@ def run(optimizer: str, section: dict, breaking: bool = False) -> dict[str, torc
 
 
 def main(directory: str) -> None:
-    from safetensors.torch import save_file
-
-    from vitds.zero.engine import init_distributed
-
     init_distributed()
     results: dict[str, torch.Tensor] = {}
     for optimizer, cell in tried(dist.world_size()):
         for key, value in run(optimizer, CELLS[cell]).items():
             results[f"{optimizer}|{cell}|{key}"] = value
     # The negative control: without the sum over ranks the run looks just as healthy, and must be caught.
-    import vitds.optim.adafactor as adafactor
-
     adafactor.sum_over_ranks = lambda tensor, group=None: tensor
     for cell in ("fp32 z1", "fp32 z2", "fp32 z3"):
         for key, value in run("ModifiedAdafactor", CELLS[cell]).items():

@@ -18,24 +18,17 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.zero.cells import ACCUMULATION, CELLS
+from tests.zero.small import ADAM, DATA, TORCH_ADAM, build_engine, initialise, one_step
 from vitds import dist
-from vitds.data import Batch, DataSection, SourceSection, TrainLoader, build_sources, to_model_range
-from vitds.models import ModelSection, ViTForImageClassification, build_config
+from vitds.data import Batch, TrainLoader, build_sources, to_model_range
 from vitds.models.losses import LOSSES, sigmoid_cross_entropy
-from vitds.optim.groups import build_groups
-from vitds.zero.engine import TrainingEngine, init_distributed
-from vitds.zero.replay import explain, first_nonfinite
+from vitds.zero import explain, init_distributed
+from vitds.zero.replay import first_nonfinite
 
 BATCH, BATCHES = 8, 8
 DROPPED, POISONED, STEEP = 0, 3, 5
 LEFT_OUT = [(n * BATCH, (n + 1) * BATCH) for n in (DROPPED, POISONED, STEEP)]
-MODEL = ModelSection(
-    width=64, depth=2, mlp_dim=96, num_heads=2, patch_size=2, image_size=8, num_classes=10, loss="sigmoid"
-)
-DATA = DataSection(train=SourceSection("digits", transforms=[{"random_shift": {"pixels": 1}}]))
 ADAFACTOR = {"type": "ModifiedAdafactor", "params": {"lr": 5e-3, "weight_decay": 0.03}}
-ADAM = {"type": "HalfPrecisionMomentumAdam", "params": {"lr": 3e-3, "weight_decay": 0.03}}
-TORCH_ADAM = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
 
 
 class Run(NamedTuple):
@@ -82,41 +75,21 @@ def steep_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 class Trainer:
     def __init__(self, run: Run, skipped: list[tuple[int, int]]) -> None:
-        with torch.device("meta"):
-            model = ViTForImageClassification(build_config(MODEL))
-        model.set_activation_checkpointing(run.policy)
-        params = run.optimizer["params"]
-        groups = build_groups(
-            model.shapes, lr=params["lr"], weight_decay=params.get("weight_decay", 0.0), head_weight_decay=None,
-            decay_patterns=model.decay_patterns(), overrides=(),
-        )  # fmt: skip
-        micro = BATCH // dist.world_size() // ACCUMULATION
-        section = {**CELLS[run.cell], "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro}
-        self.engine = TrainingEngine(model, groups, run.optimizer, section, ACCUMULATION)
-        if run.compiled:
-            model.compile_blocks(backend="aot_eager")
-        for shard in self.engine.master_shards():
-            value = model.initial_tensor(shard.name, 0).view(-1)
-            shard.data.copy_(value[shard.start : shard.start + shard.data.numel()])
-        self.engine.refresh_weights()
+        self.engine, model = build_engine(
+            run.cell, run.optimizer, global_batch=BATCH, policy=run.policy, compiled=run.compiled
+        )
+        initialise(self.engine, model)
         source, _ = build_sources(DATA, 10)
         self.loader = TrainLoader(
-            source, DATA, image_size=8, num_classes=10, seed=0, global_batch=BATCH, micro_batch=micro, rank=dist.rank(),
-            world_size=dist.world_size(), skipped=skipped,
+            source, DATA, image_size=8, num_classes=10, seed=0, global_batch=BATCH, rank=dist.rank(),
+            world_size=dist.world_size(), skipped=skipped, micro_batch=BATCH // dist.world_size() // ACCUMULATION,
         )  # fmt: skip
 
     def batches(self) -> list[Batch]:
         return [next(self.loader) for _ in range(ACCUMULATION)]
 
     def step(self, batches: list[Batch], drop: bool = False) -> tuple[float, bool]:
-        losses = []
-        for batch in batches:
-            images, labels = to_model_range(batch.images, self.engine.device), batch.labels.to(self.engine.device)
-            loss = self.engine(images, labels=labels).loss
-            self.engine.backward(loss)
-            losses.append(loss.detach())
-            updated = self.engine.step(drop=drop)
-        return dist.mean(torch.stack(losses)), updated
+        return one_step(self.engine, batches, drop)
 
     def held(self) -> dict[str, torch.Tensor]:
         shards = [*self.engine.master_shards(), *self.engine.state_shards()]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import deepspeed
+from tests.launching import ranks
 from tests.optim.reference import Run, errors, full_run
 from tests.zero import recorded
 from tests.zero.cells import ACCUMULATION, STEPS
@@ -24,7 +24,7 @@ def launched(request, tmp_path_factory):
     """(world size, {optimizer|cell: {parameter: final masters}}) of one launch that walked all cells."""
     world: int = request.param
     directory = tmp_path_factory.mktemp(f"recorded{world}")
-    done = deepspeed(world, Path(recorded.__file__), directory)
+    done = ranks(world, Path(recorded.__file__), directory)
     pieces = [load_file(path) for path in sorted(directory.glob("rank*.safetensors"))]
     assert len(pieces) == world, done.stdout[-3000:]
     assert done.returncode == 0, done.stdout[-3000:]

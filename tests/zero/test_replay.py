@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import deepspeed
+from tests.launching import ranks
 from tests.zero import replayed
 
 FC1 = "blocks.1.mlp.fc1"
@@ -17,7 +17,7 @@ CELLS = list(replayed.tried())
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> list[dict[str, dict]]:
     directory = tmp_path_factory.mktemp("replayed")
-    done = deepspeed(2, Path(replayed.__file__), directory, timeout=900)
+    done = ranks(2, Path(replayed.__file__), directory, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 

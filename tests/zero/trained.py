@@ -11,44 +11,33 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from tests.zero import small
 from tests.zero.cells import ACCUMULATION, CELLS
+from tests.zero.small import ADAM, DATA, SCHEDULE, TORCH_ADAM, build_engine, one_step
 from vitds import dist
 from vitds.checkpoint import CheckpointSection
 from vitds.checkpoint.state import RunState
-from vitds.data import DataSection, SourceSection, TrainLoader, build_sources, to_model_range
-from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
-from vitds.optim.groups import build_groups
+from vitds.data import TrainLoader, build_sources
+from vitds.models import VitdsImageProcessor
 from vitds.run_directory import RunDirectory
 from vitds.schedules import build_schedule
-from vitds.zero.engine import TrainingEngine, init_distributed
-from vitds.zero.observe import observed
+from vitds.zero import init_distributed, observed
 
 STEPS, BATCH = 10, 12
-MODEL = ModelSection(
-    width=64,
-    depth=2,
-    mlp_dim=96,
-    num_heads=2,
-    patch_size=2,
-    image_size=8,
-    num_classes=10,
-    loss="sigmoid",
-    init_head_bias=-2.0,
-)
-DATA = DataSection(train=SourceSection("digits", transforms=[{"random_shift": {"pixels": 1}}]))
+MODEL = replace(small.MODEL, init_head_bias=-2.0)
 ADAFACTOR = {"type": "ModifiedAdafactor", "params": {"lr": 5e-3, "weight_decay": 0.03, "head_weight_decay": 3.0}}
-ADAM = {"type": "HalfPrecisionMomentumAdam", "params": {"lr": 3e-3, "weight_decay": 0.03}}
 
 STAGES = ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3")
 ELSEWHERE = ("fp32 z1", "fp32 z2", "fp32 z3", "bf16 z2")
-TORCH_ADAM = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
+NEVER: tuple[int, ...] = ()
+"""Worlds of what only `make torture` tries."""
 FROZEN = [[r"blocks\.0\..*|pos_embed", {"frozen": True}], [r"norm\..*", {"lr_mult": 0.5}]]
 
 
@@ -70,15 +59,15 @@ RUNS: dict[str, Run] = {
     **{f"{cell} adafactor": Run(cell, ADAFACTOR, (1, 2, 3)) for cell in ELSEWHERE},
     **{f"{c} adafactor": Run(c, ADAFACTOR) for c in CELLS if c.split()[0] != "fp32" and c != "bf16 z2"},
     **{f"{cell} adam": Run(cell, ADAM) for cell in STAGES[1:]},
-    **{f"fp32 z2 {policy}": Run("fp32 z2", ADAFACTOR, policy=policy) for policy in ("full", "every:2", "selective")},
+    "fp32 z2 full": Run("fp32 z2", ADAFACTOR, NEVER, policy="full"),  # the compiled one is tried
+    "fp32 z2 every:2": Run("fp32 z2", ADAFACTOR, policy="every:2"),
+    "fp32 z2 selective": Run("fp32 z2", ADAFACTOR, NEVER, policy="selective"),  # ZeRO-3 is where it can go wrong
     **{f"fp32 z3 {policy}": Run("fp32 z3", ADAFACTOR, policy=policy) for policy in ("full", "selective")},
-    "fp32 z0 compiled": Run("fp32 z0", ADAFACTOR, compiled=True),
+    "fp32 z0 compiled": Run("fp32 z0", ADAFACTOR, NEVER, compiled=True),  # those under ZeRO-2 and 3 are tried
     "fp32 z2 compiled full": Run("fp32 z2", ADAFACTOR, policy="full", compiled=True),
     "fp32 z3 compiled selective": Run("fp32 z3", ADAFACTOR, policy="selective", compiled=True),
-    **{
-        f"{cell} frozen": Run(cell, ADAFACTOR, overrides=FROZEN)
-        for cell in ("fp32 z0", "bf16 z2", "fp32 z3", "bf16 z3")
-    },
+    **{f"{cell} frozen": Run(cell, ADAFACTOR, overrides=FROZEN) for cell in ("fp32 z0", "bf16 z2", "fp32 z3")},
+    "bf16 z3 frozen": Run("bf16 z3", ADAFACTOR, NEVER, overrides=FROZEN),  # each half of it is tried
     "fp32 z2 torch RMSprop": Run("fp32 z2", {"type": "RMSprop", "params": {"lr": 1e-4}}),
     "bf16 z0 DeepSpeed Adam": Run("bf16 z0", TORCH_ADAM),
     "bf16 z3 DeepSpeed Adam": Run("bf16 z3", TORCH_ADAM),
@@ -89,35 +78,18 @@ class Trainer:
     """One engine with its state and stream."""
 
     def __init__(self, run: Run, directory: Path) -> None:
-        cell, optimizer = run.cell, run.optimizer
-        config = build_config(MODEL)
-        with torch.device("meta"):
-            self.model = ViTForImageClassification(config)
-        self.model.set_activation_checkpointing(run.policy)
-        params = optimizer["params"]
-        groups = build_groups(
-            self.model.shapes, lr=params["lr"], weight_decay=params.get("weight_decay", 0.0),
-            head_weight_decay=params.get("head_weight_decay"), decay_patterns=self.model.decay_patterns(), overrides=run.overrides,
+        self.engine, self.model = build_engine(
+            run.cell, run.optimizer, model=MODEL, global_batch=BATCH, policy=run.policy, compiled=run.compiled,
+            overrides=run.overrides,
         )  # fmt: skip
-        world = dist.world_size()
-        micro = BATCH // world // ACCUMULATION
-        section = {**CELLS[cell], "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": micro}
-        self.engine = TrainingEngine(self.model, groups, optimizer, section, ACCUMULATION)
-        if run.compiled:
-            self.model.compile_blocks(backend="aot_eager")  # what inductor does to the code is not ours to test
-        schedule = {"type": "rsqrt", "params": {"warmup_steps": 3, "timescale_steps": 5, "cooldown_steps": 4}}
-        self.schedule = build_schedule(schedule, total_steps=STEPS, global_batch=BATCH)
-        resolved = {
-            "vitds": {"train": {"seed": 0}},
-            "optimizer": optimizer,
-            "train_batch_size": BATCH,
-            "zero_optimization": section["zero_optimization"],
-        }
+        self.schedule = build_schedule(SCHEDULE, total_steps=STEPS, global_batch=BATCH)
+        resolved = {"vitds": {"train": {"seed": 0}}, "optimizer": run.optimizer, "train_batch_size": BATCH}
         processor, run_directory = VitdsImageProcessor(8, 8), RunDirectory(directory)
         self.state = RunState(
             self.engine, self.model, self.schedule, resolved, processor, run_directory, CheckpointSection()
         )
         self.source, _ = build_sources(DATA, 10)
+        micro = BATCH // dist.world_size() // ACCUMULATION
         self.stream = {"image_size": 8, "num_classes": 10, "seed": 0, "global_batch": BATCH, "micro_batch": micro}
         self.go_on()
 
@@ -138,19 +110,10 @@ class Trainer:
         losses = []
         while self.progress.step < until:
             self.engine.set_learning_rate(self.schedule(self.progress.step))
-            micro_losses = []
-            for _ in range(ACCUMULATION):
-                batch = next(self.loader)
-                images, labels = to_model_range(batch.images, self.engine.device), batch.labels.to(self.engine.device)
-                loss = self.engine(images, labels=labels).loss
-                self.engine.backward(loss)
-                micro_losses.append(loss.detach())
-                updated = self.engine.step()
+            loss, updated = one_step(self.engine, [next(self.loader) for _ in range(ACCUMULATION)])
             assert updated
-            losses.append(dist.mean(torch.stack(micro_losses)))
-            self.progress.step += 1
-            self.progress.position += BATCH
-            self.progress.images_seen += BATCH
+            losses.append(loss)
+            self.progress.advance(BATCH, updated)
         return losses
 
     def held(self) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
 from vitds.checkpoint.plan import PlannedFile, Round, Segment, Tiled, assign_files, rounds, shares
 from vitds.checkpoint.share import reason_of
 from vitds.checkpoint.tensorfile import DTYPE_NAMES, TensorSpec
+from vitds.errors import Stopped
 from vitds.layout import Shard
 
 Tensors = Mapping[str, list[Shard]]
@@ -255,21 +256,20 @@ def wire() -> torch.device:
 
 
 def together(action: Callable[[], None], ranks: Collection[int] | None = None) -> None:
-    """Run `action` on all ranks, or on these; what failed on the first that failed is raised on all (RuntimeError).
+    """`dist.together` on all ranks or only on these; whatever fails is Stopped, in one line (`reason_of`). Collective."""
 
-    Collective."""
-    failure: Exception | None = None
-    if ranks is None or dist.rank() in ranks:
+    def act() -> None:
+        if ranks is not None and dist.rank() not in ranks:
+            return
         try:
             action()
         except Exception as error:
-            failure = error
-    answers = dist.all_objects((None if failure is None else reason_of(failure), socket.gethostname()))
-    for rank, (reason, _) in enumerate(answers):
-        if reason is not None:
-            raise RuntimeError(f"{place_of(rank, [host for _, host in answers])}{reason}") from failure
+            where = f"rank {dist.rank()} on {socket.gethostname()}: " if dist.world_size() > 1 else ""
+            raise Stopped(f"{where}{reason_of(error)}") from error
+
+    dist.together(act)
 
 
-def place_of(rank: int, hosts: list[str]) -> str:
+def named(rank: int, hosts: list[str]) -> str:
     """Whose trouble it is; nothing in a world of one."""
     return f"rank {rank} on {hosts[rank]}: " if len(hosts) > 1 else ""

@@ -43,7 +43,7 @@ def mismatches(stored: Mapping[str, StoredTensor], shards: list[Shard], *, exact
 
 def agree(problems: list[str], path: Path) -> None:
     """Refuse on all ranks what the first rank with a problem refuses. Collective; UserError."""
-    refuse(next((found for found in dist.all_objects(problems) if found), []), path)
+    dist.together(lambda: refuse(problems, path))
 
 
 def refuse(problems: list[str], path: Path) -> None:

@@ -27,7 +27,7 @@ from vitds.checkpoint.gather import (
     Tensors,
     agree_on_plan,
     bucket_for,
-    place_of,
+    named,
     rows_of,
     share_of,
     together,
@@ -120,7 +120,7 @@ class Saver:
         """
         return max(self._plan_or_stop(tensors).share_bytes)
 
-    def predicted_seconds(self, tensors: Tensors, probe_bytes: int) -> tuple[int, float]:
+    def share_and_speed(self, tensors: Tensors, probe_bytes: int) -> tuple[int, float]:
         """What tells how long a save of these tensors takes: bytes of the largest share, and bytes per second of the
         slowest writer, measured now, with all that would write writing `probe_bytes` or less. Collective.
 
@@ -214,7 +214,7 @@ class Saver:
         written = save.written or Written(failure="the writing thread died")
         answers = dist.all_objects(written)
         hosts = save.plan.hosts
-        failures = [f"{place_of(rank, hosts)}{found.failure}" for rank, found in enumerate(answers) if found.failure]
+        failures = [f"{named(rank, hosts)}{found.failure}" for rank, found in enumerate(answers) if found.failure]
         try:
             if failures:
                 raise RuntimeError(failures[0])
@@ -266,7 +266,7 @@ class Saver:
             if not enough:
                 self._host = None
                 return (
-                    f"written synchronously: {place_of(rank, plan.hosts) or 'this host: '}{left / 1e9:.2f} GB of host memory to be had, "
+                    f"written synchronously: {named(rank, plan.hosts) or 'this host: '}{left / 1e9:.2f} GB of host memory to be had, "
                     f"{wanted / 1e9:.2f} GB wanted for a copy of its share and a bucket"
                 )
         return None

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,9 +63,7 @@ class Recorder:
         self._monitors = [(monitor, Expendable(type(monitor).__name__)) for monitor in opened]
         if run_file is not None:
             text = json.dumps(run_file, indent=2, ensure_ascii=False)
-            for monitor, showing in self._monitors:
-                with showing:
-                    monitor.text("run_file", "    " + text.replace("\n", "\n    "), first_step)
+            self._show(lambda monitor: monitor.text("run_file", "    " + text.replace("\n", "\n    "), first_step))
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log what is known after `step` updates: {metric: number or tensor of one element}.
@@ -82,9 +80,7 @@ class Recorder:
             append_row(self._rows, {"step": step, **row})
         with self._speaking:
             self._progress.show(step, row)
-        for monitor, showing in self._monitors:
-            with showing:
-                monitor.scalars(step, row)
+        self._show(lambda monitor: monitor.scalars(step, row))
 
     def first_batch(self, images: torch.Tensor) -> None:
         """Show the first augmented batch that is given: (B, 3, S, S), uint8, or floating point in [−1, 1]."""
@@ -94,9 +90,7 @@ class Recorder:
         images = images[:MAX_PICTURES].detach().cpu()
         if images.is_floating_point():
             images = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        for monitor, showing in self._monitors:
-            with showing:
-                monitor.pictures("first_batch", images, self._first_step)
+        self._show(lambda monitor: monitor.pictures("first_batch", images, self._first_step))
 
     def say(self, text: str) -> None:
         """Print a line that the progress line does not overwrite."""
@@ -110,9 +104,13 @@ class Recorder:
             return
         with self._speaking:
             self._progress.close()
+        self._show(lambda monitor: monitor.close())
+
+    def _show(self, action: Callable[[Monitor], None]) -> None:
+        """Something for every monitor; one that the disk refuses does not keep it from the others."""
         for monitor, showing in self._monitors:
             with showing:
-                monitor.close()
+                action(monitor)
 
 
 def read_metrics(run_directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
