@@ -1,0 +1,1 @@
+"""Arithmetic about runs before they are made: what ranks send, and how long a step takes on how many GPUs."""
