@@ -29,7 +29,7 @@ from vitds.checkpoint import Saved, Saver, open_checkpoint
 from vitds.checkpoint.format import MODEL, OPTIMIZER
 from vitds.models import ModelSection, ViTForImageClassification, build_config
 from vitds.optim.groups import build_groups
-from vitds.zero.engine import TrainingEngine, init_distributed
+from vitds.zero import TrainingEngine, init_distributed
 
 BLOCK = 16 * 2**20
 STALL = "vitds save, background: training stalls"

@@ -1,11 +1,6 @@
-"""Train a Vision Transformer on DeepSpeed from one JSON. The whole story is on this page.
+"""Train a Vision Transformer on DeepSpeed from one JSON; the same command again goes on from the newest checkpoint.
 
-    deepspeed launcher/train.py --config ds_configs/digits.json --output-dir runs/digits [--set vitds.train.seed=1]
-
-The same command again goes on from the newest checkpoint.
-"""
-
-from __future__ import annotations
+deepspeed launcher/train.py --config ds_configs/digits.json --output-dir runs/digits [--set vitds.train.seed=1]"""
 
 from functools import partial
 
@@ -14,36 +9,43 @@ import torch
 from vitds import dist
 from vitds.checkpoint.state import Progress, RunState
 from vitds.cli import training_arguments
+from vitds.cluster.preflight import preflight
+from vitds.cluster.watch import Stragglers, Watch
 from vitds.config import Plan, RunFile, load_run_file, prepare
 from vitds.data import Batch, EvalLoader, TrainLoader, to_model_range
 from vitds.errors import Preempted, Stopped
-from vitds.evaluation import evaluate
+from vitds.evaluation import evaluate_each
 from vitds.guard import Guard
 from vitds.interruption import Interruption, outlive_the_console
+from vitds.launched import adopt
 from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
-from vitds.models import VitdsImageProcessor, flops_per_image
+from vitds.models import flops_per_image
 from vitds.optim.groups import describe
 from vitds.run_directory import RunDirectory
-from vitds.zero import TrainingEngine, explain, init_distributed, observed, precision
+from vitds.zero import TrainingEngine, explain, init_distributed, observed
 
 
 def main() -> None:
     outlive_the_console()
     with Interruption() as interruption:
         try:
+            adopt()
             options = training_arguments(__doc__)
             run = load_run_file(options.config, options.set, world_size=dist.world_size())
             plan = prepare(run)  # whatever the user got wrong shows here, before any process group
-            init_distributed()
-            with dist.together(lambda: RunDirectory(options.output_dir)) as directory:
-                dist.together(lambda: directory.refuse_other_run(run.resolved))
-                train(run, directory, plan, interruption)
+            with Watch(run.vitds.cluster, options.output_dir) as watch:
+                init_distributed()
+                with dist.together(lambda: RunDirectory(options.output_dir)) as directory:
+                    dist.together(lambda: directory.refuse_other_run(run.resolved))
+                    preflight(directory.path, run.resolved)
+                    with watch.introduce(directory.incident):
+                        train(run, directory, plan, interruption, watch)
         except BaseException as error:
             dist.leave_after(error)
         dist.leave(0)
 
 
-def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Interruption) -> None:
+def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Interruption, watch: Watch) -> None:
     """Engine, state, and all steps from where the run is to its end."""
     part, model, every, (train_source, eval_source) = run.vitds, plan.model, plan.lengths, plan.sources
     config, total, schedule = model.config, every.total, every.schedule
@@ -51,28 +53,26 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
     engine = TrainingEngine(model, plan.groups, run.optimizer, run.deepspeed, run.accumulation)
     if part.train.compile:
         model.compile_blocks()
-    processor = VitdsImageProcessor(config.image_size, part.data.eval_edge(config.image_size))
-    state = RunState(engine, model, schedule, run.resolved, processor, directory, part.checkpoint, part.ema)
-    edge = partial(
-        state.edge, interruption
-    )  # where nothing is half done: saves become checkpoints, a stop is agreed on
+    state = RunState(engine, model, schedule, run.resolved, plan.processor, directory, part.checkpoint, part.ema)
+    state.during = watch.during
     shared = {"image_size": config.image_size, "num_classes": config.num_classes}
     shared |= {"rank": dist.rank(), "world_size": dist.world_size()}
     stream = {"seed": part.train.seed, "global_batch": run.global_batch, "micro_batch": run.micro_batch, **shared}
 
     def go_on() -> tuple[Progress, TrainLoader, Guard, str]:
         progress, origin = state.restore(part.init_from)  # own checkpoint, else init_from, else from scratch
-        guard = Guard(part.guard, dtype == torch.float16, progress.losses, rollbacks=len(directory.skips))
+        guard = Guard(part.guard, engine.dtype == torch.float16, progress.losses, rollbacks=len(directory.skips))
         loader = TrainLoader(train_source, part.data, position=progress.position, skipped=progress.skipped, **stream)
         return progress, loader, guard, origin
 
-    dtype = precision(run.deepspeed)
     progress, loader, guard, origin = go_on()
+    edge = partial(state.edge, interruption, lambda: watch.beat(progress.step))  # where nothing is half done
     dist.together(lambda: directory.write_config(run.resolved))
     logged = (directory, run.monitors, total, run.global_batch, progress.step, run.resolved)
     recorder = dist.together(lambda: Recorder(*logged))
     held_out = EvalLoader(eval_source, part.data, batch=run.micro_batch, **shared) if eval_source else None
-    speed = Speedometer(flops_per_image(config), dist.world_size(), dtype, engine.device, part.train)
+    speed = Speedometer(flops_per_image(config), dist.world_size(), engine.dtype, engine.device, part.train)
+    slow = Stragglers(part.cluster, engine.device, engine.stage)
     said = (describe(plan.groups), engine.describe(), state.describe(), speed.describe())
     recorder.say("\n".join([*filter(None, said), f"{origin}: step {progress.step} of {total}"]))
     directory.started(progress.step, origin)
@@ -81,13 +81,11 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
         while True:
             with speed.paused():
                 if held_out and every.due(every.evaluate, progress.step) and progress.evaluated != progress.step:
-                    found: dict[str, float] = {}
-                    for name, weights in state.evaluated():
-                        with weights:
-                            found |= evaluate(engine, held_out, config.loss, edge, name)
-                    recorder.record(progress.step, found)
+                    with watch.during("evaluation"):
+                        progress.evaluation = evaluate_each(engine, held_out, config.loss, edge, state.evaluated())
+                    progress.evaluated = progress.step
+                    recorder.record(progress.step, progress.evaluation)
                     directory.bad_samples(held_out.newly_bad())
-                    progress.evaluated, progress.evaluation = progress.step, found
                 if every.due(every.save, progress.step):
                     state.save(progress, safe=guard.reach(progress, run.global_batch))
             if progress.step == total:
@@ -99,12 +97,14 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                     if batches:
                         engine.step()  # nothing is updated inside an accumulation
                     edge()
-                    with speed.waiting():
+                    with speed.waiting(), slow.data:
                         batches.append(next(loader))
                     recorder.first_batch(batches[0].images)
                     images = to_model_range(batches[-1].images, engine.device)
-                    loss = engine(images, labels=batches[-1].labels.to(engine.device, non_blocking=True)).loss
-                    engine.backward(loss)
+                    with slow.forward:
+                        loss = engine(images, labels=batches[-1].labels.to(engine.device, non_blocking=True)).loss
+                    with slow.backward:
+                        engine.backward(loss)
                     losses.append(loss.detach())
                 mean_loss = dist.mean(torch.stack(losses))  # waits for the device, before anything is changed
                 verdict = guard.judge(mean_loss)
@@ -125,18 +125,17 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                 continue
             state.average()
             speed.count(run.global_batch)
-            if every.due(every.log, progress.step) or norms:
+            compared = slow.compare(progress.step, directory.event)
+            if every.due(every.log, progress.step) or norms or compared:
                 row = {"train/loss": mean_loss, "train/lr": rate, "train/grad_norm": engine.gradient_norm}
-                row |= {"train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms)}
+                row |= {"train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms), **compared}
                 recorder.record(progress.step, row)
                 directory.bad_samples(loader.newly_bad())
         state.finish(progress)
         directory.finished(total, progress.evaluation)
         recorder.say(f"this run is complete: {total} steps\n{closing_lines(directory, run.monitors)}")
     except Preempted as reason:
-        state.finish(progress)
-        directory.preempted(progress.step, str(reason))
-        raise Preempted(f"{reason}: saved at step {progress.step}") from reason
+        raise state.preempted(progress, reason) from reason
     except Stopped:
         state.commit()  # what was being written is worth having
         raise

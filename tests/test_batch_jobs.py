@@ -28,7 +28,8 @@ SCRIPT = ROOT / "launcher" / "slurm.sbatch"
 VITDS = f"#!{sys.executable}\n{LIGHT}" + (
     """
 import argparse
-from vitds.cluster import run, schedulers
+from vitds.cluster import schedulers
+from vitds.cluster.supervise import attempt as run
 from vitds.errors import UserError
 try:
     if sys.argv[1] == "run":

@@ -48,8 +48,8 @@ BAD = [
     ("vitds.data.train.source", "digit", "digits"),
     ("vitds.data.train.transforms", ["flip_rl"], "flip_lr"),
     ("vitds.guard", {"nonfinite": "ignore"}, "stop, skip"),
-    ("vitds.cluster", {"min_gpus": 4}, "at least 4"),
-    ("vitds.cluster", {"max_gpus": 1}, "at most 1"),
+    ("vitds.cluster", {"min_gpus": 4}, "min_gpus is 4, and this start has 2 rank"),
+    ("vitds.cluster", {"max_gpus": 1}, "max_gpus is 1, and this start has 2 ranks"),
     ("vitds.plugins", ["no_such_module_here"], "no_such_module_here"),
     ("optimizer.type", "ModifiedAdafacto", "ModifiedAdafactor"),
     ("optimizer.type", "Adafactor", "ModifiedAdafactor"),
@@ -124,6 +124,8 @@ def test_overrides_reach_both_halves(tmp_path):
         load(tmp_path, sets=["vitds.train.seed"])
     with pytest.raises(UserError, match="train_batch_size"):
         load(tmp_path, sets=["train_batch_size.a=1"])
+    with pytest.raises(UserError, match="not JSON.*put such a value into the run file"):
+        load(tmp_path, sets=["vitds.plugins=[tests.wrong_labels]"])  # what a remote shell leaves of ["…"]
 
 
 def test_the_resolved_file_is_a_run_file_with_the_same_meaning(tmp_path):

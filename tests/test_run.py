@@ -19,7 +19,7 @@ from tests.test_interruption import LIGHT
 from vitds.cli import main
 from vitds.interruption import parent_of
 
-RUN = LIGHT + "from vitds.cluster.run import run\nsys.exit(run(sys.argv[1:]))"
+RUN = LIGHT + "from vitds.cluster.supervise.attempt import run\nsys.exit(run(sys.argv[1:]))"
 
 # In the trainer's place: agrees at its edges, "saves", writes outcome.json, exits 75.
 TRAINER = (
@@ -204,7 +204,10 @@ def test_a_console_that_is_gone_does_not_keep_the_signal_from_the_ranks():
 
 
 def test_ranks_that_outstay_the_command_are_waited_for_and_then_killed():
-    patient = LIGHT + "from vitds.cluster import run\nrun.PATIENCE_SECONDS = 1.0\nsys.exit(run.run(sys.argv[1:]))"
+    patient = (
+        LIGHT
+        + "from vitds.cluster.supervise import attempt as run\nrun.PATIENCE_SECONDS = 1.0\nsys.exit(run.run(sys.argv[1:]))"
+    )
     rank = python("print(os.getpid(), flush=True)", "signal.pause()")
     start = f"subprocess.Popen({rank!r}, env=os.environ | {{'RANK': '0'}}, start_new_session=True)"
     with started(*python(start), script=patient) as it:

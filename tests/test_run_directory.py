@@ -20,8 +20,9 @@ import pytest
 from tests.test_dist import two_ranks
 from vitds import lease
 from vitds.errors import Preempted, UserError
+from vitds.identity import differences
 from vitds.json_files import write_json
-from vitds.run_directory import RunDirectory, differences
+from vitds.run_directory import RunDirectory
 
 RUN = {
     "train_batch_size": 64,

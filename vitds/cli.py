@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import signal
 import sys
 import typing
 from typing import Any, NoReturn
 
 from vitds.checkpoint import verbs as checkpoint_verbs
-from vitds.cluster.run import run as run_command
-from vitds.config import VitdsSection, load_run_file, prepare
+from vitds.cluster import schedulers
+from vitds.cluster.doctor import verb as doctor
+from vitds.cluster.supervise import supervisor
+from vitds.config import RunFile, VitdsSection, load_run_file, prepare
 from vitds.errors import UserError
 from vitds.metrics import MonitorSections
+from vitds.planning import verbs as planning_verbs
 from vitds.schedules import SCHEDULES
 from vitds.sections import json_names, to_json
 
@@ -23,6 +27,11 @@ class _Arguments(argparse.ArgumentParser):
     """Mistakes on the command line are the user's like any other: one message from one rank, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        if re.search("unrecognized arguments:.*=", message):
+            message += (
+                "\n(A shell may have taken a value of --set apart: DeepSpeed hands arguments to the other hosts' shells "
+                "bare. Put values with braces, quotes or blanks into the run file.)"
+            )
         raise UserError(f"{message}\n{self.format_usage().strip()}")
 
 
@@ -51,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--gpus", type=int, default=1, help="number of ranks to check the batch arithmetic for")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     verbs.add_parser("config-docs", help="print docs/config.md, made from the sections themselves")
-    runs = verbs.add_parser("run", help="run a launcher's command, pass signals to its ranks, exit 75 when preempted")
-    runs.add_argument("command", nargs=argparse.REMAINDER, help="[--] deepspeed … launcher/train.py …")
+    for room in (supervisor, schedulers, doctor, planning_verbs):
+        room.add_verb(verbs)
     checkpoint_verbs.add_verbs(verbs)
     options = parser.parse_args(arguments)
     if options.verb != "run":
@@ -64,7 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb == "checkpoint":
             return checkpoint_verbs.run(options)
         if options.verb == "run":
-            return run_command(options.command)
+            return supervisor.run(options)
+        if options.verb == "hostfile":
+            return schedulers.run(options)
+        if options.verb == "doctor":
+            return doctor.run(options, _load)
+        if options.verb == "plan":
+            return planning_verbs.run(options, load_run_file)
         run = load_run_file(options.config, options.set, world_size=options.gpus)
         prepare(run)
     except UserError as error:
@@ -76,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _load(config: str, overrides: list[str], world_size: int) -> RunFile:
+    return load_run_file(config, overrides, world_size=world_size)
 
 
 def config_docs() -> str:

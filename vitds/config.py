@@ -15,12 +15,13 @@ import torch
 
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
+from vitds.cluster.section import ClusterSection, check_world_size
 from vitds.data import DataSection, Source, SourceSection, build_sources
 from vitds.errors import UserError
 from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
 from vitds.metrics import MonitorSections, monitor_sections
-from vitds.models import ModelSection, ViTForImageClassification, build_config
+from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
 from vitds.optim import check_optimizer
 from vitds.optim.groups import Group, build_groups
 from vitds.schedules import Schedule, SchedulerSection, build_schedule
@@ -74,17 +75,6 @@ class InitFromSection:
 
 
 @dataclass(frozen=True)
-class ClusterSection:
-    """The world sizes on which this run file may be started."""
-
-    min_gpus: int | None = key(None, "Fewest ranks.")
-    max_gpus: int | None = key(None, "Most ranks.")
-
-    def __post_init__(self) -> None:
-        check_least("vitds.cluster", self, min_gpus=1, max_gpus=1)
-
-
-@dataclass(frozen=True)
 class VitdsSection:
     """The section `vitds` of the run file."""
 
@@ -101,7 +91,7 @@ class VitdsSection:
     plugins: list[str] = key(
         [], "Modules imported first; they may add to vitds.optim.OPTIMIZERS and the other registries."
     )
-    cluster: ClusterSection = key(ClusterSection(), "World sizes allowed.")
+    cluster: ClusterSection = key(ClusterSection(), "World sizes allowed; hangs and slow ranks.")
 
 
 @dataclass(frozen=True)
@@ -180,6 +170,8 @@ class Plan(NamedTuple):
     groups: list[Group]
     model: ViTForImageClassification
     """On the meta device: it has shapes and no values."""
+    processor: VitdsImageProcessor
+    """Prepares images as the evaluation does."""
 
 
 def prepare(run: RunFile) -> Plan:
@@ -201,7 +193,8 @@ def prepare(run: RunFile) -> Plan:
     lengths = run.lengths(len(sources[0]))
     if part.guard.spike == "rollback" and lengths.save == 0:
         raise UserError("vitds.checkpoint.every_steps: 0 leaves a rollback (vitds.guard.spike) nothing to go back to")
-    return Plan(sources, lengths, groups, model)
+    processor = VitdsImageProcessor(part.model.image_size, part.data.eval_edge(part.model.image_size))
+    return Plan(sources, lengths, groups, model, processor)
 
 
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
@@ -246,7 +239,7 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
         except ImportError as error:
             raise UserError(f"vitds.plugins: {module!r} cannot be imported: {error}") from None
     section = parse(VitdsSection, ours, "vitds")
-    _check_cluster(section.cluster, world_size)
+    check_world_size(section.cluster, world_size)
 
     deepspeed = {word: value for word, value in given.items() if word not in OURS}
     optimizer = deepspeed.pop("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER))
@@ -306,14 +299,3 @@ def _resolve_accumulation_dtype(deepspeed: dict[str, Any]) -> None:
             f"data_types.grad_accum_dtype: ZeRO-0 cannot accumulate {short} gradients in {accumulate}; set zero_optimization.stage to 2 "
             f"(legal on one GPU), or accept {short} accumulation by data_types.grad_accum_dtype={short}"
         )
-
-
-def _check_cluster(cluster: ClusterSection, world_size: int) -> None:
-    for word, bound, bad in (
-        ("min_gpus", cluster.min_gpus, cluster.min_gpus is not None and world_size < cluster.min_gpus),
-        ("max_gpus", cluster.max_gpus, cluster.max_gpus is not None and world_size > cluster.max_gpus),
-    ):
-        if bad:
-            raise UserError(
-                f"vitds.cluster.{word}: this start has {world_size} rank(s), the run file allows {'at least' if word == 'min_gpus' else 'at most'} {bound}"
-            )

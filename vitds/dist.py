@@ -6,6 +6,7 @@ Importing this module starts nothing; outside a process group everything behaves
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ import torch.distributed as torch_dist
 from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
 
 Result = TypeVar("Result")
+LEAVE_SECONDS = 120.0
+"""How long a rank that has done its work waits for the others."""
 
 
 def rank() -> int:
@@ -169,6 +172,7 @@ def leave(code: int, *, orderly: bool = True) -> NoReturn:
         orderly: False after a failure, when other ranks may never reach the barrier.
     """
     if torch_dist.is_initialized() and orderly:
+        faulthandler.dump_traceback_later(LEAVE_SECONDS, exit=True)  # a host may die just now
         barrier()
         torch_dist.destroy_process_group()
     sys.stdout.flush()
@@ -183,9 +187,8 @@ def leave_with_user_error(message: str) -> NoReturn:
     while was alone in its trouble, and speaks too.
     """
     if not is_main():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # the launcher's, once rank 0 is gone, must end us whoever had caught it
+        # The launcher's, once rank 0 is gone, must end us whoever had caught it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5 if torch_dist.is_initialized() else 20)
     where = "" if is_main() else f"rank {rank()} on {socket.gethostname()}: "
     print(f"vitds: {where}{message}", file=sys.stderr, flush=True)
@@ -201,8 +204,11 @@ def leave_after(error: BaseException) -> NoReturn:
             print(f"vitds: {error}; the same command goes on from there", file=sys.stderr, flush=True)
         leave(EXIT_PREEMPTED)
     known = isinstance(error, Stopped)  # on every rank, so that one line from one of them will do
-    if not known:
+    incident = getattr(error, "incident", None)  # already said, by one rank for all (vitds.cluster.watch.watching)
+    if not known and (incident is None or rank() in incident["ranks"]):
         traceback.print_exception(error)
+    elif not known:
+        pass
     elif is_main():
         print("\n".join([f"vitds: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr, flush=True)
     leave(1, orderly=known)

@@ -1,6 +1,6 @@
 """Why this process should save and stop soon: a signal asked for it, or the launcher is gone.
 
-Only the standard library is imported here: a rank may watch for signals before it has imported anything heavy.
+Nothing heavy is imported here: a rank may watch for signals before it has.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO, cast
 
+from vitds.launched import by_a_launcher
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_IS_GONE = "the launcher is gone"
-_HAS_LAUNCHER = "RANK" in os.environ
-"""Asked when this is imported: a process that nobody has launched may yet make itself rank 0 of one."""
 _LAUNCH_PY = r"deepspeed[./]launcher[./]launch(\.py)?"
 _RUNNER = r"(.*/)?(deepspeed|ds|deepspeed[./]launcher[./]runner(\.py)?)"
 
@@ -39,6 +39,8 @@ class Interruption:
         self._signal: str | None = None
         self._process = os.getpid()
         self._parent = os.getppid()
+        self._launched = by_a_launcher(os.environ)
+        """Asked at once: a process that nobody has launched may yet make itself rank 0 of one."""
         self._watched: int | None = None
         """launch.py's parent, where it is one that launch.py should not outlive."""
         self._gone = _launcher_went_before()
@@ -64,7 +66,7 @@ class Interruption:
         """None, or the first of SIGTERM, SIGUSR1, SIGINT and "the launcher is gone". Seen by this process alone: no communication."""
         if self._signal is not None:
             return self._signal
-        if _HAS_LAUNCHER and not self._gone:
+        if self._launched and not self._gone:
             self._gone = os.getppid() != self._parent or (
                 self._watched is not None and parent_of(self._parent) != self._watched
             )

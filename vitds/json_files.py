@@ -148,7 +148,12 @@ def override(given: dict[str, Any], text: str) -> None:
         )
     try:
         value = json.loads(raw)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
+        if raw[:1] in ("{", "["):
+            raise UserError(
+                f"--set {text}: the value is not JSON ({error.msg}); a shell takes the quotes from what is not quoted "
+                "itself, and DeepSpeed hands arguments to the other hosts' shells bare: put such a value into the run file"
+            ) from error
         value = raw
     *parents, last = place.split(".")
     target: Any = given

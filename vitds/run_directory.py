@@ -17,14 +17,11 @@ from typing import Any
 
 from vitds import dist
 from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
+from vitds.identity import differences, identity
 from vitds.json_files import Expendable, append_row, finite, read_object, say, write_json
 from vitds.lease import Lease, Place
 
 OUTCOMES = ("running", "preempted", "finished", "failed")
-
-# What makes a run this run and no other: keys of the run file, each with everything below it. What is not listed here
-# (total steps, micro batch, ZeRO stage, precision, monitors, checkpoint cadence, world size) may change on the way.
-IDENTITY = ("train_batch_size", "optimizer", "vitds.model", "vitds.groups", "vitds.train.seed")
 
 
 class RunDirectory:
@@ -127,7 +124,7 @@ class RunDirectory:
         stored = self.stored_config()
         if stored is None:
             return
-        differing = differences(_identity(stored), _identity(resolved))
+        differing = differences(identity(stored), identity(resolved))
         if differing:
             raise UserError(
                 f"{self.path} holds another run, which differs in (there → here):\n  "
@@ -238,27 +235,39 @@ class RunDirectory:
 
     def fail(self, error: BaseException) -> None:
         """Add to an error where the run can go on from, and leave outcome.json saying that it failed."""
-        newest = None
+        step = 0
         try:
             self._place.check()
-            newest = max((p.name for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=None)
-            where = f"the last checkpoint is {self.checkpoints / newest}" if newest else "there is no checkpoint yet"
+            step = self._newest_step()
+            newest = self.checkpoints / f"step-{step:09d}"
+            where = f"the last checkpoint is {newest}" if step else "there is no checkpoint yet"
         except OSError as trouble:
             where = f"{self.checkpoints} cannot be read ({trouble})"
-        step = int(newest[5:]) if newest else 0
         error.add_note(f"vitds: {where}; the same command goes on from there")
         with _beside(error):
-            self.record_failure(1, step)
+            self.record_failure(1, step, getattr(error, "incident", None))
             if self._lease.is_ours():  # otherwise what is here is another run's
                 self.event("fail", reason=f"{type(error).__name__}: {error}", last_checkpoint=step)
 
-    def record_failure(self, exit_code: int, step: int = 0) -> None:
+    def record_failure(self, exit_code: int, step: int = 0, incident: dict[str, Any] | None = None) -> None:
         """Leave outcome.json saying that the run failed; any rank may, for rank 0 may be ended before it knows.
 
         Does nothing before `write_config`, nor when the lease does not name this job: what is here may be another run's.
         """
-        if self._ours and self._lease.is_ours():
-            self._write_outcome({"state": "failed", "exit_code": exit_code, "step": step, "time": time.time()})
+        if (self._ours or incident) and self._lease.is_ours():
+            more = {"incident": incident} if incident else {}
+            self._write_outcome({"state": "failed", "exit_code": exit_code, "step": step, "time": time.time(), **more})
+
+    def incident(self, found: dict[str, Any]) -> None:
+        """What has happened to the job (vitds.cluster.watch.watching), into outcome.json and events.jsonl; by the one rank that
+        judges it, which need not be rank 0, in whatever thread."""
+        self.record_failure(1, self._newest_step(), found)
+        if self._lease.is_ours():
+            append_row(self.path / "events.jsonl", {"time": time.time(), "kind": "incident", **found})
+
+    def _newest_step(self) -> int:
+        """Of the newest checkpoint by its name; 0 if there is none."""
+        return max((int(p.name[5:]) for p in self.checkpoints.glob("step-*") if p.name[5:].isdigit()), default=0)
 
     def _write_outcome(self, outcome: dict[str, Any]) -> None:
         with self._outcome:
@@ -298,32 +307,3 @@ def read_skips(path: Path, batch: int = 1) -> list[dict[str, Any]]:
                 f"{path}: skips[{i}]: expected whole batches of {batch} (train_batch_size), found {entry!r}"
             )
     return entries
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line "key: old → new" per leaf in which two JSON values differ; missing, null and empty are the same."""
-    if isinstance(old or {}, dict) and isinstance(new or {}, dict) and (old or new):
-        old, new = old or {}, new or {}
-        lines = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return lines
-    nothing: tuple[Any, ...] = (None, {}, [], "")
-    if old == new or (old in nothing and new in nothing):
-        return []
-    return [f"{path}: {_shown(old)} → {_shown(new)}"]
-
-
-def _shown(value: Any) -> str:
-    return "(not set)" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _identity(run_file: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run file that may not change, as {dotted key: value}."""
-    found: dict[str, Any] = {}
-    for dotted in IDENTITY:
-        value: Any = run_file
-        for word in dotted.split("."):
-            value = value.get(word) if isinstance(value, dict) else None
-        found[dotted] = finite(value)
-    return found

@@ -29,9 +29,9 @@ sys.modules["vitds"] = package
 import torch.distributed as group  # noqa: E402
 
 from vitds import dist  # noqa: E402
-from vitds.cluster import neighbours  # noqa: E402
 from vitds.cluster.section import ClusterSection  # noqa: E402
-from vitds.cluster.watch import Watch  # noqa: E402
+from vitds.cluster.watch import neighbours  # noqa: E402
+from vitds.cluster.watch.watching import Watch  # noqa: E402
 from vitds.errors import Stopped  # noqa: E402
 from vitds.interruption import Interruption  # noqa: E402
 from vitds.json_files import append_row  # noqa: E402

@@ -15,15 +15,16 @@ from types import SimpleNamespace
 import pytest
 
 from tests.launching import free_port
-from vitds.cluster import doctor, probe
-from vitds.cluster.checks import check
-from vitds.cluster.comparing import Job
+from vitds.cluster.doctor import probe
+from vitds.cluster.doctor import verb as doctor
+from vitds.cluster.doctor.checks import check
+from vitds.cluster.doctor.comparing import Job
+from vitds.cluster.doctor.links import rounds
+from vitds.cluster.doctor.network import Measured, link_lines, missing_interfaces
+from vitds.cluster.doctor.sessions import ask, deepspeed_environment
+from vitds.cluster.doctor.table import WARNING, WRONG, Line, ranges, remarks, table, verdict
 from vitds.cluster.hostfile import Host
-from vitds.cluster.links import rounds
-from vitds.cluster.network import Measured, link_lines, missing_interfaces
 from vitds.cluster.preflight import early_checks
-from vitds.cluster.sessions import ask, deepspeed_environment
-from vitds.cluster.table import WARNING, WRONG, Line, ranges, remarks, table, verdict
 from vitds.errors import UserError
 from vitds.interruption import command_line
 

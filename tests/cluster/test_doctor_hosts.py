@@ -21,7 +21,7 @@ from tests.test_launch import DIGITS
 pytestmark = [pytest.mark.launch, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 RESIDENT = """
 import argparse, contextlib, io, json, os, sys, time
-from vitds.cluster import doctor
+from vitds.cluster.doctor import verb as doctor
 from vitds.config import load_run_file
 from vitds.errors import UserError
 parser = argparse.ArgumentParser()
@@ -176,6 +176,7 @@ def test_names_that_lead_nowhere_or_to_one_machine(doctor):
 
 
 def test_a_mistyped_hostfile_and_too_many_ranks(doctor):
+    doctor.hosts.hostfile(alpha=1, beta=1)
     code, printed, _ = doctor(hostfile=doctor.directory / "hostfile-alpha1-bets1")
     assert code == 2
     assert "did you mean 'hostfile-alpha1-beta1'?" in printed
@@ -195,30 +196,32 @@ from vitds.cluster.preflight import preflight
 from vitds.errors import UserError
 rank, there = int(os.environ["RANK"]), Path(sys.argv[1])
 group.init_process_group("gloo")
-own = there / f"own-{rank}"
-(own / "class").mkdir(parents=True)
-(own / "class" / "image").write_text("x" * rank)
+images = Path("/dev/shm/images")  # each host's own
+(images / "class").mkdir(parents=True)
+(images / ("image" * rank or "other")).write_text("x" * rank)
 def unlike():
     errors = Path(sys.modules["vitds.errors"].__file__)
     errors.write_text(errors.read_text() + rank * " ")
 def few():
     resource.setrlimit(resource.RLIMIT_NOFILE, (250 if rank else 1000, 1000))
-same, data = {"a": {"b": 1}, "c": [1, 2]}, {"vitds.data.train.path": str(there / "run")}
+def reading(path):
+    return {"a": {"b": 1}, "c": [1, 2], "vitds": {"data": {"train": {"path": str(path)}}}}
+same = reading(there / "run")
 cases = {
-    "same": (lambda: None, there / "run", same, data),
-    "again": (lambda: None, there / "run", same, {}),
-    "run file": (lambda: None, there / "run", {"a": {"b": 1 + rank}, "c": [1, 2 + rank]}, {}),
-    "output": (lambda: None, there / "unshared", same, {}),
-    "data": (lambda: None, there / "run", same, {"vitds.data.train.path": str(own / "class")}),
-    "files": (few, there / "run", same, {}),
-    "vitds": (unlike, there / "run", same, {}),
+    "same": (lambda: None, there / "run", same),
+    "again": (lambda: None, there / "run", same),
+    "run file": (lambda: None, there / "run", {"a": {"b": 1 + rank}, "c": [1, 2 + rank]}),
+    "output": (lambda: None, there / "unshared", same),
+    "data": (lambda: None, there / "run", reading(images)),
+    "files": (few, there / "run", same),
+    "vitds": (unlike, there / "run", same),
 }
-for name, (prepare, output, resolved, data) in cases.items():
+for name, (prepare, output, resolved) in cases.items():
     prepare()
     group.barrier()
     started, said = time.monotonic(), None
     try:
-        preflight(output, resolved, data)
+        preflight(output, resolved)
     except UserError as error:
         said = str(error)
     print("said " + json.dumps([name, said, time.monotonic() - started]), flush=True)
@@ -247,7 +250,7 @@ def test_a_start_says_which_host_differs_in_what(doctor):
     assert max(seconds for name, _, seconds in said[0] if name != "output") < 4
     assert "beta: the run file differs: a.b is 2, 1 on alpha; c[1] is 3, 2 on alpha" in messages["run file"]
     assert f"beta: --output-dir {unshared} is not what it is on alpha" in messages["output"]
-    assert "vitds.data.train.path: 1 entries" in messages["data"] and "on beta" in messages["data"]
+    assert "vitds.data.train.path: 2 entries" in messages["data"] and "on beta" in messages["data"]
     assert "beta: 250 open files are allowed; 2 ranks need 264" in messages["files"]
     assert f"(in {library / 'vitds'}) on beta" in messages["vitds"] and "rsync" in messages["vitds"]
     assert not [*doctor.output.iterdir(), *unshared.iterdir()]

@@ -15,7 +15,7 @@ import torch
 
 from tests.launching import ROOT, environment
 from vitds.cluster.section import ClusterSection
-from vitds.cluster.stragglers import Stragglers, Timer, row, stragglers
+from vitds.cluster.watch.stragglers import Stragglers, Timer, row, stragglers
 
 
 def times(data: list[float], forward: list[float], step: float = 1.0) -> list[dict[str, float]]:
@@ -117,7 +117,7 @@ else:
 os.environ |= {{"RANK": str(rank), "WORLD_SIZE": "3"}}
 from vitds import dist
 from vitds.cluster.section import ClusterSection
-from vitds.cluster.stragglers import Stragglers
+from vitds.cluster.watch.stragglers import Stragglers
 group.init_process_group("gloo", init_method=f"file://{{root}}/store", rank=rank, world_size=3)
 slow = Stragglers(ClusterSection(straggler_every_steps=4), torch.device("cpu"))
 found = []

@@ -20,10 +20,10 @@ from tests.launching import environment
 from tests.test_interruption import LIGHT
 from tests.test_run import TRAINER, alive, wait_for
 from vitds.cluster.hostfile import Host
-from vitds.cluster.launcher import Launcher
-from vitds.cluster.pool import Pool, fitted
-from vitds.cluster.remote import Answer
-from vitds.cluster.verdict import Attempt, Limits, verdict
+from vitds.cluster.supervise.launcher import Launcher
+from vitds.cluster.supervise.pool import Pool, fitted
+from vitds.cluster.supervise.remote import Answer
+from vitds.cluster.supervise.verdict import Attempt, Limits, verdict
 
 # The verb with short patience, without the package's own imports, which take seconds.
 RUN = (
@@ -31,7 +31,9 @@ RUN = (
     + """
 import argparse
 from vitds.errors import UserError
-from vitds.cluster import remote, run, supervisor
+from vitds.cluster.supervise import remote
+from vitds.cluster.supervise import attempt as run
+from vitds.cluster.supervise import supervisor
 run.PATIENCE_SECONDS, run.END_SECONDS, remote.CONNECT_SECONDS = 1.0, 1.0, 2
 parser = argparse.ArgumentParser()
 supervisor.add_verb(parser.add_subparsers())

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.launching import environment
-from vitds.cluster.bulletin import KEPT, Bulletin
-from vitds.cluster.incidents import can_be_judged, is_of_a_connection, judge, named, one_line
-from vitds.cluster.rhythm import Rhythm
 from vitds.cluster.section import ClusterSection, check_world_size
-from vitds.cluster.stacks import Place, standing
+from vitds.cluster.watch.bulletin import KEPT, Bulletin
+from vitds.cluster.watch.incidents import can_be_judged, is_of_a_connection, judge, named, one_line
+from vitds.cluster.watch.rhythm import Rhythm
+from vitds.cluster.watch.stacks import Place, standing
 from vitds.errors import UserError
 from vitds.sections import parse
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -76,7 +76,12 @@ class RunState:
         self._periodic: tuple[int, int] | None = None
         """Step and evaluation of the last save."""
         self._safe: int | None = None
+        self._skips: list[tuple[int, int]] = []
+        """Given up before this start or its last rollback: what the next one gives up, `restore` passes over and says so,
+        and the save that it has to commit first must not drop in silence."""
         self._noted = False
+        self.during: Callable[..., AbstractContextManager[Any]] = lambda *_, **__: nullcontext()
+        """Entered around what takes another time than a step, and not the same each time (vitds.cluster.Watch.during)."""
 
     def save(self, progress: Progress, safe: int | None = None) -> None:
         """Begin to write `directory`/step-…, once for a step; `commit` ends it. Collective.
@@ -89,7 +94,8 @@ class RunState:
         """
         self._safe = safe
         if self._periodic != (progress.step, progress.evaluated):
-            self._write(progress)
+            with self.during("saving", learns=False):
+                self._write(progress)
 
     def _write(self, progress: Progress) -> None:
         state = {
@@ -136,8 +142,8 @@ class RunState:
         if saved.note and not self._noted and dist.is_main():
             print(f"vitds: {saved.path.name}: {saved.note}", file=sys.stderr, flush=True)
         self._noted = saved.note is not None
-        section, skips = self.section, self.directory.skips
-        prune(self.directory.checkpoints, section.keep_last, section.keep_every_steps, saved.path, skips, self._safe)
+        keep_last, keep_every = self.section.keep_last, self.section.keep_every_steps
+        prune(self.directory.checkpoints, keep_last, keep_every, saved.path, self._skips, self._safe)
 
     def finish(self, progress: Progress) -> None:
         """The state of `progress` is on disk, or a start would arrive at it, when this returns. Collective.
@@ -147,21 +153,33 @@ class RunState:
         """
         if progress.step == 0:
             return  # a start makes this state anew
-        self._write(progress)
-        self.commit()
+        with self.during("saving", learns=False):
+            self._write(progress)
+            self.commit()
         if self._on_disk != progress.mark():
             raise Stopped(f"the state of step {progress.step} could not be saved")
         if progress.step == self.schedule.total_steps:  # a preempted run has no time for it
             finish_deletions()
 
-    def edge(self, interruption: Interruption) -> None:
+    def preempted(self, progress: Progress, reason: Preempted) -> Preempted:
+        """Save, leave word of it, and return what the run then ends with. Collective; raises as `finish` does."""
+        self.finish(progress)
+        self.directory.preempted(progress.step, str(reason))
+        return Preempted(f"{reason}: saved at step {progress.step}")
+
+    def edge(self, interruption: Interruption, beat: Callable[[], None] = lambda: None) -> None:
         """Where nothing is half done, between two micro batches or two batches of an evaluation: weights and state are
         those of the last step. Ranks agree on what happened meanwhile. Collective.
+
+        Args:
+            interruption: of this process.
+            beat: called first; who watches over this rank sees that it gets on.
 
         Raises:
             Preempted: some rank was asked to stop.
             Stopped: see `commit`.
         """
+        beat()
         stop, writing = dist.any_rank([interruption.reason is not None, self.saver.busy])
         if not writing:
             self.commit()
@@ -188,8 +206,12 @@ class RunState:
         Raises:
             UserError: checkpoints that exist and cannot be used; past steps with other learning rates.
         """
+        with self.during("loading", learns=False):
+            return self._restore(init_from)
+
+    def _restore(self, init_from: Any | None) -> tuple[Progress, str]:
         self.commit()
-        skips = self.directory.skips
+        skips = self._skips = self.directory.skips
         dist.together(lambda: remove_leftovers(self.directory.checkpoints))
         own = newest_checkpoint(
             self.directory.checkpoints, self.section.verify, passed_over=lambda state: spoiled(state, skips)
@@ -232,7 +254,7 @@ class RunState:
         """What one save costs here, measured by writing a little; a warning where a preemption would not leave the time."""
         if self.engine.foreign is not None and not self._on_disk:
             return ""  # its state comes with the first step
-        share, rate = self.saver.predicted_seconds(self._tensors(), PROBE_BYTES)
+        share, rate = self.saver.share_and_speed(self._tensors(), PROBE_BYTES)
         return cost_of_saving(share, rate) if share > PROBE_BYTES else ""
 
     def _tensors(self) -> dict[str, list[Shard]]:

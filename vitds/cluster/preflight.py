@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from vitds import dist
-from vitds.cluster import probe
-from vitds.cluster.checks import HOST_CHECKS, START_CHECKS
-from vitds.cluster.comparing import Facts, Job
-from vitds.cluster.hostfile import Host
-from vitds.cluster.network import missing_interfaces
-from vitds.cluster.table import WRONG, Line
+from vitds.cluster.doctor import probe
+from vitds.cluster.doctor.checks import HOST_CHECKS, START_CHECKS
+from vitds.cluster.doctor.comparing import Facts, Job, data_paths
+from vitds.cluster.doctor.network import missing_interfaces
+from vitds.cluster.doctor.table import WRONG, Line
+from vitds.cluster.hostfile import Host, read_hostfile
+from vitds.cluster.supervise.launcher import Launcher
 from vitds.errors import UserError
+from vitds.interruption import command_line, parent_of
 from vitds.json_files import say, walk
 
 SEE_SECONDS = 5.0
@@ -41,8 +43,10 @@ def early_checks(environ: Mapping[str, str] = os.environ) -> None:
         environ: the environment, with the launcher's variables.
 
     Raises:
-        UserError: in a job of several hosts, an interface named for gloo or NCCL is not there.
+        UserError: the hostfile that `deepspeed` was given is not there, and it has started this host alone; in a job of
+            several hosts, an interface named for gloo or NCCL is not there.
     """
+    _refuse_missing_hostfile()
     ranks = environ.get("WORLD_SIZE", "1")
     if int(ranks) > int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or ranks):
         there = probe.interfaces()
@@ -67,7 +71,20 @@ def early_checks(environ: Mapping[str, str] = os.environ) -> None:
             )
 
 
-def preflight(output: Path, resolved: Mapping[str, Any], data: Mapping[str, str]) -> None:
+def _refuse_missing_hostfile() -> None:
+    ancestor = parent_of(os.getpid())
+    while ancestor:
+        given = Launcher(command_line(ancestor)).options.get("--hostfile")
+        if given is not None:
+            with suppress(OSError):  # another user's process does not say where it is
+                given = os.path.join(os.readlink(f"/proc/{ancestor}/cwd"), given)
+            if not os.path.isfile(given):
+                read_hostfile(given)
+            return
+        ancestor = parent_of(ancestor)
+
+
+def preflight(output: Path, resolved: Mapping[str, Any]) -> None:
     """Whether the hosts of this job can train together; the first rank of each speaks for it. Collective.
 
     Rank 0 prints one line for what only may hurt.
@@ -75,7 +92,6 @@ def preflight(output: Path, resolved: Mapping[str, Any], data: Mapping[str, str]
     Args:
         output: the run's directory; rank 0 can write there.
         resolved: the resolved run file.
-        data: {key: path} of what is read from disk.
 
     Raises:
         UserError: on every rank: hosts differ in versions, in vitds itself, in the run file or in the data; the output
@@ -89,7 +105,7 @@ def preflight(output: Path, resolved: Mapping[str, Any], data: Mapping[str, str]
     alone = len(set(first)) == 1
     mine = None
     if first[dist.rank()] == dist.rank():
-        mine = dist.together(lambda: _facts(output, resolved, data, token, alone=alone))
+        mine = dist.together(lambda: _facts(output, resolved, token, alone=alone))
     else:
         dist.together(lambda: None)
     gathered = dist.all_objects((mine, before, time.time()))
@@ -119,9 +135,7 @@ def preflight(output: Path, resolved: Mapping[str, Any], data: Mapping[str, str]
                 say(f"vitds: warning: {line.message}" + (f"; fix: {line.fix}" if line.fix else ""))
 
 
-def _facts(
-    output: Path, resolved: Mapping[str, Any], data: Mapping[str, str], token: str, *, alone: bool
-) -> dict[str, Any]:
+def _facts(output: Path, resolved: Mapping[str, Any], token: str, *, alone: bool) -> dict[str, Any]:
     """Of this host, in the probe's words; what can only differ between hosts is not looked at where there is one."""
     return {
         "time": time.time(),
@@ -132,7 +146,7 @@ def _facts(
         "python": [platform.python_version(), sys.executable],
         "packages": {name: None if alone else probe.version(name) for name in probe.PACKAGES},
         "sources": None if alone else probe.sources(),
-        "data": {} if alone else {key: probe.digest_of_data(path) for key, path in data.items()},
+        "data": {} if alone else {key: probe.digest_of_data(path) for key, path in data_paths(resolved).items()},
     }
 
 

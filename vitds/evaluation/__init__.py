@@ -1,5 +1,5 @@
 """What a model is worth: classification of a held-out set."""
 
-from vitds.evaluation.classification import evaluate
+from vitds.evaluation.classification import evaluate, evaluate_each
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "evaluate_each"]

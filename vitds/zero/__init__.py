@@ -1,6 +1,7 @@
 """DeepSpeed, and what must be known about it: the only room that imports it."""
 
-from vitds.zero.engine import TrainingEngine, init_distributed, precision
+from vitds.zero.engine import TrainingEngine, precision
+from vitds.zero.joining import init_distributed
 from vitds.zero.observe import observed
 from vitds.zero.replay import explain
 

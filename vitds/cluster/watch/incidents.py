@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as group
 
-from vitds.cluster.stacks import frames_of_error, standing
+from vitds.cluster.watch.stacks import frames_of_error, standing
 from vitds.errors import Preempted, Stopped, UserError
 
 Report = Mapping[str, Any]

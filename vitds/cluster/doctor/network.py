@@ -1,4 +1,4 @@
-"""What the doctor makes of interfaces, and of the measured links (vitds/cluster/links.py)."""
+"""What the doctor makes of interfaces, and of the measured links (vitds/cluster/doctor/links.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vitds.cluster.comparing import Facts, Job, on
-from vitds.cluster.table import GOOD, WARNING, WRONG, Line, ranges
+from vitds.cluster.doctor.comparing import Facts, Job, on
+from vitds.cluster.doctor.table import GOOD, WARNING, WRONG, Line, ranges
 
 FACTOR = 3.0
 """A pair or host this many times slower than the median is named."""

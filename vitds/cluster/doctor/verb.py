@@ -17,13 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vitds.cluster import links, probe
-from vitds.cluster.checks import check
-from vitds.cluster.comparing import Job
+from vitds.cluster.doctor import links, probe
+from vitds.cluster.doctor.checks import check
+from vitds.cluster.doctor.comparing import Job, data_paths
+from vitds.cluster.doctor.network import Measured, link_lines
+from vitds.cluster.doctor.sessions import NO_DIRECTORY, Answer, ask, deepspeed_environment
+from vitds.cluster.doctor.table import WRONG, Line, ranges, remarks, table, verdict
 from vitds.cluster.hostfile import read_hostfile
-from vitds.cluster.network import Measured, link_lines
-from vitds.cluster.sessions import NO_DIRECTORY, Answer, ask, deepspeed_environment
-from vitds.cluster.table import WRONG, Line, ranges, remarks, table, verdict
 
 LOOK_SECONDS = 5.0
 """How long a file server may take to show one host what another has written."""
@@ -187,14 +187,6 @@ def _request(job: Job, name: str, resolved: Mapping[str, Any], token: str, secon
         "token": f".vitds-doctor-{token}-{names.index(name)}", "port": job.port if name == names[0] else None,
         "peers": [peer for peer in peers if peer != name],
     }  # fmt: skip
-
-
-def data_paths(resolved: Mapping[str, Any]) -> dict[str, str]:
-    """{key: path} of what a resolved run file reads from disk."""
-    part = resolved["vitds"]
-    found = {f"vitds.data.{role}.path": (part["data"].get(role) or {}).get("path") for role in ("train", "eval")}
-    found["vitds.init_from.path"] = (part.get("init_from") or {}).get("path")
-    return {key: path for key, path in found.items() if path}
 
 
 def _look(facts: dict[str, dict[str, Any]], source: str, environment: Mapping[str, str], local: bool) -> None:

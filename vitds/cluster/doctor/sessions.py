@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from vitds.cluster.doctor.probe import MARK
 from vitds.cluster.hostfile import check_host_name
-from vitds.cluster.probe import MARK
 from vitds.errors import UserError
 
 FORWARDED = ("NCCL", "PYTHON", "MV2", "UCX", "MLFLOW")

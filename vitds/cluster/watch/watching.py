@@ -23,12 +23,12 @@ from types import TracebackType
 from typing import Any
 
 from vitds import dist
-from vitds.cluster.bulletin import Bulletin
-from vitds.cluster.incidents import AGREED, can_be_judged, is_of_a_connection, judge, one_line
-from vitds.cluster.neighbours import Neighbours, own_card
-from vitds.cluster.rhythm import Pulse, Rhythm
 from vitds.cluster.section import ClusterSection
-from vitds.cluster.stacks import Standing, all_stacks, flight_record, frames_of_error, standing, whereabouts
+from vitds.cluster.watch.bulletin import Bulletin
+from vitds.cluster.watch.incidents import AGREED, can_be_judged, is_of_a_connection, judge, one_line
+from vitds.cluster.watch.neighbours import Neighbours, own_card
+from vitds.cluster.watch.rhythm import Pulse, Rhythm
+from vitds.cluster.watch.stacks import Standing, all_stacks, flight_record, frames_of_error, standing, whereabouts
 from vitds.json_files import say
 
 GRACE_SECONDS = 10.0

@@ -7,15 +7,15 @@ import time
 import uuid
 from typing import Any
 
-from vitds.cluster import account
-from vitds.cluster import run as one
-from vitds.cluster.account import Account
 from vitds.cluster.hostfile import Host, read_hostfile, write_hostfile
-from vitds.cluster.launcher import Launcher
-from vitds.cluster.pool import Pool, fitted
-from vitds.cluster.remote import Remote
-from vitds.cluster.run import Job, Signals, say
-from vitds.cluster.verdict import Attempt, Limits, Verdict, verdict
+from vitds.cluster.supervise import account
+from vitds.cluster.supervise import attempt as one
+from vitds.cluster.supervise.account import Account
+from vitds.cluster.supervise.attempt import Job, Signals, say
+from vitds.cluster.supervise.launcher import Launcher
+from vitds.cluster.supervise.pool import Pool, fitted
+from vitds.cluster.supervise.remote import Remote
+from vitds.cluster.supervise.verdict import Attempt, Limits, Verdict, verdict
 from vitds.errors import EXIT_PREEMPTED, UserError
 from vitds.json_files import Expendable, append_row
 
@@ -45,7 +45,7 @@ def add_verb(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what `add_verb` has parsed; the exit code of `vitds.cluster.run.run`, 2 where a restart would be refused.
+    """Do what `add_verb` has parsed; the exit code of `vitds.cluster.supervise.attempt.run`, 2 where a restart would be refused.
 
     Raises:
         UserError: no command, or it cannot be started; its hostfile cannot be used or does not answer.

@@ -1,4 +1,4 @@
-"""From the facts of all hosts (vitds/cluster/probe.py) to what is wrong, whom it concerns and what mends it. Pure."""
+"""From the facts of all hosts (vitds/cluster/doctor/probe.py) to what is wrong, whom it concerns and what mends it. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from vitds.cluster.comparing import Facts, Job, alike, on
-from vitds.cluster.network import interface_lines
-from vitds.cluster.places import data_lines, output_lines
-from vitds.cluster.probe import LOCK_IDLE_SECONDS
-from vitds.cluster.table import GOOD, WARNING, WRONG, Line, ranges
+from vitds.cluster.doctor.comparing import Facts, Job, alike, on
+from vitds.cluster.doctor.network import interface_lines
+from vitds.cluster.doctor.places import data_lines, output_lines
+from vitds.cluster.doctor.probe import LOCK_IDLE_SECONDS
+from vitds.cluster.doctor.table import GOOD, WARNING, WRONG, Line, ranges
 
 CLOCK_SECONDS = (1.0, 30.0)
 """How far a clock may be off before it is mentioned, and before it is wrong: leases and bounds count in tens of seconds."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vitds.cluster.doctor.table import GOOD, WRONG, Line, ranges
 from vitds.cluster.hostfile import Host
-from vitds.cluster.table import GOOD, WRONG, Line, ranges
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,12 @@ def alike(
     for value, hosts in sorted(groups.items(), key=lambda item: item[0] != right):
         message, fix = wrong(tuple(hosts), value, right, groups[right][0]) if value != right else ("", "")
         yield Line(name, value, tuple(hosts), WRONG if message else GOOD, message, fix)
+
+
+def data_paths(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """{key: path} of what a resolved run file reads from disk."""
+    part = resolved.get("vitds", {})
+    data = part.get("data", {})
+    found = {f"vitds.data.{role}.path": (data.get(role) or {}).get("path") for role in ("train", "eval")}
+    found["vitds.init_from.path"] = (part.get("init_from") or {}).get("path")
+    return {key: path for key, path in found.items() if path}

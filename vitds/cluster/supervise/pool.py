@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from vitds.cluster.hostfile import Host
-from vitds.cluster.remote import Answer
+from vitds.cluster.supervise.remote import Answer
 
 
 class Pool:

@@ -19,11 +19,11 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from vitds.cluster import marked
 from vitds.cluster.hostfile import read_hostfile
-from vitds.cluster.launcher import Launcher
-from vitds.cluster.marked import MARK, send
-from vitds.cluster.remote import KEEP_ALIVE, Answer, Remote
+from vitds.cluster.supervise import marked
+from vitds.cluster.supervise.launcher import Launcher
+from vitds.cluster.supervise.marked import MARK, send
+from vitds.cluster.supervise.remote import KEEP_ALIVE, Answer, Remote
 from vitds.errors import EXIT_PREEMPTED, UserError
 from vitds.interruption import SIGNALS, outlive_the_console
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vitds.cluster import marked
+from vitds.cluster.supervise import marked
 
 CONNECT_SECONDS = 5
 BOUND_SECONDS = 20.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from vitds.cluster.comparing import Facts, Job, alike, on
-from vitds.cluster.table import WRONG, Line, ranges
+from vitds.cluster.doctor.comparing import Facts, Job, alike, on
+from vitds.cluster.doctor.table import WRONG, Line, ranges
 
 
 def output_lines(job: Job, facts: Facts) -> Iterator[Line]:

@@ -1,0 +1,1 @@
+"""`vitds run`: a launcher's command, its signals, and its restarts."""
