@@ -1,6 +1,7 @@
 # make train   set up and train the example on this machine's GPUs, or on its CPU
 # make test    set up and run the tests
 # make torture   every cell of the ZeRO, reshape and kill matrices, on every number of ranks (about an hour)
+# make torture-cluster   hosts that are killed, frozen, cut off or slow, at several times of a run (Linux, root; about an hour)
 # make lint    ruff and mypy
 # make bench   the benchmarks a CPU can run
 PYTHON ?= python3
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 RANKS ?= --num_gpus 2
 endif
 
-.PHONY: setup train test torture lint bench docs
+.PHONY: setup train test torture torture-cluster lint bench docs
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -33,10 +34,13 @@ train: $(READY)
 	$(BIN)/deepspeed $(RANKS) launcher/train.py --config $(CONFIG) --output-dir $(RUN)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(READY)
-	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/zero tests/torture $(ARGS)
+	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/zero tests/torture tests/planning --ignore tests/torture/test_hosts_fail.py $(ARGS)
+
+torture-cluster: $(READY)
+	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/torture/test_hosts_fail.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
