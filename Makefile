@@ -40,7 +40,7 @@ torture: $(READY)
 	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/zero tests/torture tests/planning --ignore tests/torture/test_hosts_fail.py $(ARGS)
 
 torture-cluster: $(READY)
-	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/torture/test_hosts_fail.py $(ARGS)
+	VITDS_TORTURE=1 $(BIN)/python -m pytest -s tests/cluster/test_two_hosts.py tests/torture/test_hosts_fail.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

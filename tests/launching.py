@@ -1,11 +1,13 @@
-"""Starts real `deepspeed` processes, as a user would, on the CPU with gloo."""
+"""Starts real processes on the CPU with gloo: under `deepspeed`, as a user would, or the ranks of a test's script alone."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +34,11 @@ def free_port() -> int:
 
 
 def deepspeed(
-    ranks: int, script: Path | str, *arguments: str, timeout: float = 300, **more: str
+    ranks: int, script: Path | str, *arguments: str, timeout: float = 300, flags: Sequence[str] = (), **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `deepspeed --num_gpus RANKS SCRIPT …` to its end; everything it printed is in `.stdout`."""
+    """Run `deepspeed --num_gpus RANKS [FLAGS] SCRIPT …` to its end; everything it printed is in `.stdout`."""
     command = [
-        str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *map(str, arguments),
+        str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(free_port()), *flags, str(script), *map(str, arguments),
     ]  # fmt: skip
     return subprocess.run(
         command,
@@ -49,11 +51,45 @@ def deepspeed(
     )
 
 
-def train(
-    ranks: int, config: Path | str, output: Path | str, *overrides: str, timeout: float = 300, **more: str
+def ranks(
+    number: int, script: Path | str, *arguments: str, timeout: float = 300, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """The user's own command: `deepspeed --num_gpus RANKS launcher/train.py --config … --output-dir … --set …`."""
-    arguments = ["--config", str(config), "--output-dir", str(output)]
-    for override in overrides:
-        arguments += ["--set", override]
-    return deepspeed(ranks, ROOT / "launcher" / "train.py", *arguments, timeout=timeout, **more)
+    """Run a script on so many ranks to its end, without a launcher; everything they printed is in `.stdout`.
+
+    For what is between the ranks, and no matter of the launcher: they start in a third of the time (tests/forked.py).
+    VITDS_TORTURE=1 starts them with `deepspeed` all the same.
+    """
+    if os.environ.get("VITDS_TORTURE"):
+        return deepspeed(number, script, *arguments, timeout=timeout, **more)
+    command = [sys.executable, str(ROOT / "tests" / "forked.py"), str(number), str(script), *map(str, arguments)]
+    told = environment(**more) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=told, start_new_session=True, **pipes) as started:
+        try:
+            printed, _ = started.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(started.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, started.returncode, printed)
+
+
+TRAINER = ROOT / "launcher" / "train.py"
+
+
+def train(
+    number: int, config: Path | str, output: Path | str, *overrides: str, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """The user's own command: `deepspeed --num_gpus NUMBER launcher/train.py --config … --output-dir … --set …`."""
+    return deepspeed(number, TRAINER, *words(config, output, overrides), timeout=timeout, **more)
+
+
+def train_alone(
+    number: int, config: Path | str, output: Path | str, *overrides: str, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """The same trainer, on `ranks` without a launcher."""
+    return ranks(number, TRAINER, *words(config, output, overrides), timeout=timeout, **more)
+
+
+def words(config: Path | str, output: Path | str, overrides: Sequence[str]) -> list[str]:
+    """The trainer's arguments."""
+    return ["--config", str(config), "--output-dir", str(output), *(w for text in overrides for w in ("--set", text))]

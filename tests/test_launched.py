@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.launching import deepspeed
 from vitds.errors import UserError
 from vitds.launched import adopt
 
@@ -64,3 +65,13 @@ def test_torchrun_counts_its_processes_by_another_word():
     environ = {"RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     adopt(environ)
     assert environ["LOCAL_SIZE"] == "2"
+
+
+@pytest.mark.launch
+def test_a_mistyped_hostfile_does_not_train_on_one_host(tmp_path):
+    (tmp_path / "hostfile").write_text("node-01 slots=8\n")
+    arguments = ["--config", "ds_configs/digits.json", "--output-dir", str(tmp_path / "run")]
+    done = deepspeed(1, "launcher/train.py", *arguments, flags=["--hostfile", str(tmp_path / "hostfil")])
+    assert done.returncode == 2, done.stdout
+    assert f"{tmp_path}/hostfil: no such file (did you mean 'hostfile'?)" in done.stdout
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launching import train
+from tests.launching import train_alone
 from tests.test_launch import DIGITS, SMALL, outcome
 from tests.wrong_labels import GLOBAL_BATCH, WRONG_STEP
 from vitds.config import load_run_file, prepare
@@ -41,7 +41,7 @@ def tensors(run: Path) -> dict:
 @pytest.mark.launch
 def test_a_leap_is_rolled_back_also_by_a_run_that_dies_in_between(tmp_path):
     rolled, died, never = (tmp_path / name for name in ("rolled", "died", "never"))
-    done = train(2, DIGITS, rolled, *GUARDED, VITDS_TEST_SLOW_DISK="1")
+    done = train_alone(2, DIGITS, rolled, *GUARDED, VITDS_TEST_SLOW_DISK="1")
     assert outcome(rolled)["state"] == "finished", done.stdout[-6000:]
     assert "the loss leapt to" in done.stdout, done.stdout[-6000:]
     (skip,) = json.loads((rolled / "skips.json").read_text())["skips"]
@@ -55,10 +55,10 @@ def test_a_leap_is_rolled_back_also_by_a_run_that_dies_in_between(tmp_path):
     (rollback,) = events(rolled, "rollback")
     assert rollback["positions"] == SKIPPED
 
-    gone = train(2, DIGITS, died, *GUARDED, VITDS_TEST_DIE="1")
+    gone = train_alone(2, DIGITS, died, *GUARDED, VITDS_TEST_DIE="1")
     assert gone.returncode != 0
     assert outcome(died)["state"] != "finished"
-    again = train(2, DIGITS, died, *GUARDED)
+    again = train_alone(2, DIGITS, died, *GUARDED)
     assert outcome(died)["state"] == "finished", again.stdout[-6000:]
     assert "the loss leapt" not in again.stdout, again.stdout[-6000:]
     assert f"step-{WRONG_STEP - 1:09d}: it learnt from positions" in again.stdout, again.stdout[-6000:]
@@ -66,7 +66,7 @@ def test_a_leap_is_rolled_back_also_by_a_run_that_dies_in_between(tmp_path):
 
     never.mkdir()
     shutil.copy(rolled / "skips.json", never)
-    done = train(2, DIGITS, never, *GUARDED)
+    done = train_alone(2, DIGITS, never, *GUARDED)
     assert outcome(never)["state"] == "finished", done.stdout[-6000:]
     assert not events(never, "rollback")
 
@@ -87,7 +87,7 @@ def test_a_leap_is_rolled_back_also_by_a_run_that_dies_in_between(tmp_path):
 
 @pytest.mark.launch
 def test_a_leap_stops_the_run_where_that_is_the_policy(tmp_path):
-    done = train(2, DIGITS, tmp_path / "run", *GUARDED, "vitds.guard.spike=stop")
+    done = train_alone(2, DIGITS, tmp_path / "run", *GUARDED, "vitds.guard.spike=stop")
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("vitds: ")][:1]
     assert f"step {WRONG_STEP}, images from position {WRONG_STEP * GLOBAL_BATCH}: the loss is" in line

@@ -320,7 +320,8 @@ def test_workers_end_and_leave_the_process_as_it_was(digits):
 
 def test_workers_obey_their_rank_alone(digits):
     loader = train_loader(digits, DataSection(DIGITS, num_workers=2))
-    next(loader)
+    for _ in range(2):  # one from each, so that both have begun
+        next(loader)
     workers = multiprocessing.active_children()
     subprocess.run(["kill", "-TERM", *[str(worker.pid) for worker in workers]], check=True)  # as a scheduler does
     for _ in range(20):

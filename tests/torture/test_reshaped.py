@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import deepspeed
+from tests.launching import ranks
 from tests.torture import reshaped
 from tests.torture.reshaped import BATCH, SAVED_AT, STEPS, Cell, run_name
 
@@ -116,7 +116,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         (root / f"plan-{world}.json").write_text(json.dumps(plan))
     with ThreadPoolExecutor() as launches:
         script = Path(reshaped.__file__)
-        running = {w: launches.submit(deepspeed, w, script, str(root), timeout=3600) for w in WORLDS}
+        running = {w: launches.submit(ranks, w, script, str(root), timeout=3600) for w in WORLDS}
     facts: dict[str, dict[str, Any]] = {}
     parameters: dict[str, dict[str, torch.Tensor]] = {}
     for world, launch in running.items():
