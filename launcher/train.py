@@ -22,7 +22,7 @@ from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
 from vitds.models import flops_per_image
 from vitds.optim.groups import describe
 from vitds.run_directory import RunDirectory
-from vitds.zero import TrainingEngine, explain, init_distributed, observed
+from vitds.zero import TrainingEngine, explain, init_distributed, observed, refusals_shared
 
 
 def main() -> None:
@@ -31,8 +31,9 @@ def main() -> None:
         try:
             adopt()
             options = training_arguments(__doc__)
-            run = load_run_file(options.config, options.set, world_size=dist.world_size())
-            plan = prepare(run)  # whatever the user got wrong shows here, before any process group
+            with refusals_shared():  # whatever the user got wrong shows here, before any process group
+                run = load_run_file(options.config, options.set, world_size=dist.world_size())
+                plan = prepare(run)
             with Watch(run.vitds.cluster, options.output_dir) as watch:
                 init_distributed()
                 with dist.together(lambda: RunDirectory(options.output_dir)) as directory:

@@ -2,7 +2,8 @@
 
     forked.py RANKS SCRIPT [ARGUMENT …]
 
-What DeepSpeed's launcher would tell them is in their environment. When one fails the others are ended, as there.
+What a launcher would tell them is in their environment (not CROSS_RANK, by which they would know DeepSpeed's, and miss it).
+When one fails the others are ended, as there.
 """
 
 from __future__ import annotations
@@ -23,14 +24,7 @@ def start(rank: int, ranks: int, script: str) -> int:
     pid = os.fork()
     if pid:
         return pid
-    told = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": ranks,
-        "LOCAL_SIZE": ranks,
-        "CROSS_RANK": 0,
-        "CROSS_SIZE": 1,
-    }
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in told.items()})
     code = 1
     try:

@@ -49,7 +49,8 @@ def is_main() -> bool:
 def device() -> torch.device:
     """This rank's accelerator, or the CPU."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
-        return torch.device("cuda", local_rank())
+        # A scheduler may show each rank its own GPU only (srun --gpus-per-task=1).
+        return torch.device("cuda", local_rank() if torch.cuda.device_count() > 1 else 0)
     return torch.device("cpu")
 
 
@@ -136,6 +137,7 @@ def together(action: Callable[[], Result]) -> Result:
         UserError, Stopped, Preempted: as the first rank that failed raised it, but a UserError before all others.
         Stopped: any other Exception, with its type, its message and, in a world of several, its rank and host; caused
             by it on the rank where it arose.
+        All of them with `agreed` set, as an error that every rank raises.
     """
     result: Any = None
     failure: Exception | None = None
@@ -157,8 +159,12 @@ def together(action: Callable[[], Result]) -> Result:
     if kind is None:
         kind, reason = Stopped, f"rank {where} on {host}: {reason}" if world_size() > 1 else reason
     if failure is not None and own is not None and own[:2] == (kind, reason):
-        raise failure
-    raise kind(reason) from failure
+        agreed = failure
+    else:
+        agreed = kind(reason)
+        agreed.__cause__ = failure
+    agreed.agreed = True  # type: ignore[attr-defined]  # every rank has it, and none waits for another
+    raise agreed
 
 
 def leave(code: int, *, orderly: bool = True) -> NoReturn:

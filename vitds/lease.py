@@ -152,7 +152,8 @@ class Lease:
             holder = _parse(_read(self.path) or b"")
         if holder:
             return self.token is not None and holder.get("token") == self.token
-        return self._renewal is not None and self._lost_to is None
+        fresh = time.time() - self._renewed <= STALE_SECONDS  # or another may have come and gone
+        return self._renewal is not None and self._lost_to is None and fresh
 
     def check(self) -> None:
         """Raises RuntimeError when the lease was acquired and has since passed to another run."""

@@ -63,7 +63,7 @@ class RunDirectory:
         """Leave word of why the run broke, if it did, and give the directory back; no trouble hides that reason."""
         with _beside(error):
             if isinstance(error, UserError):
-                self.record_failure(2)
+                self.record_failure(2, incident=getattr(error, "incident", None))
             elif error is not None and not isinstance(error, Preempted):
                 self.fail(error)
         with _beside(error):
@@ -245,7 +245,8 @@ class RunDirectory:
             where = f"{self.checkpoints} cannot be read ({trouble})"
         error.add_note(f"vitds: {where}; the same command goes on from there")
         with _beside(error):
-            self.record_failure(1, step, getattr(error, "incident", None))
+            incident = getattr(error, "incident", None) or {}
+            self.record_failure(incident.get("exit_code", 1), step, incident or None)
             if self._lease.is_ours():  # otherwise what is here is another run's
                 self.event("fail", reason=f"{type(error).__name__}: {error}", last_checkpoint=step)
 
@@ -261,7 +262,7 @@ class RunDirectory:
     def incident(self, found: dict[str, Any]) -> None:
         """What has happened to the job (vitds.cluster.watch.watching), into outcome.json and events.jsonl; by the one rank that
         judges it, which need not be rank 0, in whatever thread."""
-        self.record_failure(1, self._newest_step(), found)
+        self.record_failure(found.get("exit_code", 1), self._newest_step(), found)
         if self._lease.is_ours():
             append_row(self.path / "events.jsonl", {"time": time.time(), "kind": "incident", **found})
 

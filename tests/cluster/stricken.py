@@ -32,7 +32,7 @@ from vitds import dist  # noqa: E402
 from vitds.cluster.section import ClusterSection  # noqa: E402
 from vitds.cluster.watch import neighbours  # noqa: E402
 from vitds.cluster.watch.watching import Watch  # noqa: E402
-from vitds.errors import Stopped  # noqa: E402
+from vitds.errors import Stopped, UserError  # noqa: E402
 from vitds.interruption import Interruption  # noqa: E402
 from vitds.json_files import append_row  # noqa: E402
 
@@ -57,6 +57,10 @@ def fails() -> None:
     raise ArithmeticError("seven is not eight\nnor nine")
 
 
+def refuses() -> None:
+    raise UserError("too many bad images")
+
+
 def stops() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -73,6 +77,7 @@ TROUBLE = {
     "first killed": {0: die},
     "killed unnoticed": {0: stuck, 1: stuck, 2: die},  # as under NCCL: no connection tells the others
     "raises": {1: fails},
+    "refuses": {1: refuses},
     "first raises": {0: fails},
     "two raise": {0: fails, 2: fails},
     "other collective": {2: other_collective},

@@ -80,6 +80,18 @@ def test_two_hosts_train_what_one_does(hosts, on_one_host, tmp_path, stage):
     check_same(run, on_one_host)
 
 
+def test_a_file_that_one_host_lacks_ends_the_start_on_all(hosts, tmp_path):
+    (tmp_path / "here").mkdir()
+    config = run_file(tmp_path / "here")
+    hosts.beta.run("mount", "-t", "tmpfs", "tmpfs", str(config.parent))
+    done = hosts.deepspeed(
+        hosts.hostfile(alpha=1, beta=1), TRAIN, "--config", str(config), "--output-dir", str(tmp_path / "run")
+    )
+    assert done.returncode == 2, done.stdout[-6000:]
+    assert f"alpha: vitds: {config}: no such file" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(not os.environ.get("VITDS_TORTURE"), reason="make torture-cluster")
 @pytest.mark.parametrize("launcher", ["no_ssh", "torchrun", "openmpi"])
 def test_other_launchers_reach_two_hosts(hosts, on_one_host, tmp_path, launcher):

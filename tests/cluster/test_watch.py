@@ -22,7 +22,7 @@ from vitds.errors import UserError
 from vitds.sections import parse
 
 HOST = socket.gethostname()
-ENDING = ("stuck", "native", "frozen", "killed", "first killed", "killed unnoticed", "raises", "first raises", "two raise", "other collective", "all stuck")  # fmt: skip
+ENDING = ("stuck", "native", "frozen", "killed", "first killed", "killed unnoticed", "raises", "refuses", "first raises", "two raise", "other collective", "all stuck")  # fmt: skip
 UNHARMED = ("slow", "saving", "suspended")
 
 
@@ -57,6 +57,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         ("first killed", [-9, 1, 1], "lost", [0], f"rank 0 on {HOST} gave no sign of life at step 4 (step): killed"),
         ("killed unnoticed", [1, 1, -9], "lost", [2], f"rank 2 on {HOST} gave no sign of life at step 4 (step): killed, or"),
         ("raises", [1, 1, 1], "crash", [1], f"rank 1 on {HOST} ended at step 4 (step) by its own error: ArithmeticError: seven is not eight. "),
+        ("refuses", [1, 1, 1], "refused", [1], f"rank 1 on {HOST} ended at step 4 (step) by its own error: UserError: too many bad images"),
         ("first raises", [1, 1, 1], "crash", [0], f"rank 0 on {HOST} ended at step 4 (step) by its own error: Arith"),
         ("two raise", [1, 1, 1], "crash", [0, 2], f"ranks 0, 2 on {HOST} ended at step 4 (step) by their own error"),
         ("other collective", [1, 1, 1], "hang", [2], f"rank 2 on {HOST} did not arrive at step 4 (step) for "),
@@ -74,8 +75,15 @@ def test_one_message_names_the_rank(
     assert words in messages[0]
     (row,) = map(json.loads, (root / case / "events.jsonl").read_text().splitlines())
     judge_rank = row.pop("rank")
-    assert judge_rank == next(r for r in range(3) if r not in ranks or what == "crash")
-    expected = {"kind": "incident", "what": what, "step": 4, "ranks": ranks, "hosts": [HOST] if ranks else []}
+    assert judge_rank == next(r for r in range(3) if r not in ranks or what in ("crash", "refused"))
+    expected = {
+        "kind": "incident",
+        "what": what,
+        "step": 4,
+        "ranks": ranks,
+        "hosts": [HOST] if ranks and what != "refused" else [],
+    }
+    assert row.get("exit_code") == (2 if what == "refused" else None), "a restart would be refused as well"
     assert {key: row[key] for key in expected} == expected
     assert messages[0] == f"vitds: {row['message']}"
     reports = Path(row["reports"])

@@ -129,8 +129,11 @@ class RunState:
         Raises:
             Stopped: it could not be written and `on_error` is stop.
         """
-        if not self.saver.pending:
-            return
+        if self.saver.pending:
+            with self.during("saving", learns=False):
+                self._commit()
+
+    def _commit(self) -> None:
         dist.together(self.directory.check_owner)
         try:
             saved = self.saver.commit()
@@ -159,7 +162,8 @@ class RunState:
         if self._on_disk != progress.mark():
             raise Stopped(f"the state of step {progress.step} could not be saved")
         if progress.step == self.schedule.total_steps:  # a preempted run has no time for it
-            finish_deletions()
+            with self.during("saving", learns=False):
+                dist.together(finish_deletions)
 
     def preempted(self, progress: Progress, reason: Preempted) -> Preempted:
         """Save, leave word of it, and return what the run then ends with. Collective; raises as `finish` does."""

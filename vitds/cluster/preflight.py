@@ -33,6 +33,12 @@ SEE_SECONDS = 5.0
 _MOST_KEYS = 5
 
 
+def several_hosts(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher has started ranks on other hosts, too, by what it has told this one."""
+    ranks = environ.get("WORLD_SIZE", "1")
+    return int(ranks) > int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or ranks)
+
+
 def early_checks(environ: Mapping[str, str] = os.environ) -> None:
     """Before the process group is made: what would hang it in silence. No communication.
 
@@ -46,9 +52,9 @@ def early_checks(environ: Mapping[str, str] = os.environ) -> None:
         UserError: the hostfile that `deepspeed` was given is not there, and it has started this host alone; in a job of
             several hosts, an interface named for gloo or NCCL is not there.
     """
-    _refuse_missing_hostfile()
-    ranks = environ.get("WORLD_SIZE", "1")
-    if int(ranks) > int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or ranks):
+    if not several_hosts(environ):
+        _refuse_missing_hostfile()
+    else:
         there = probe.interfaces()
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             if variable in environ and (missing := missing_interfaces(variable, environ[variable], list(there))):

@@ -16,7 +16,7 @@ PATH = "vitds.cluster"
 class ClusterSection:
     """How many ranks a run may have, when one of them counts as hung, and when as slow."""
 
-    min_gpus: int = key(1, "Least number of ranks this run starts on.")
+    min_gpus: int | None = key(None, "Least number of ranks this run starts on; null: one.")
     max_gpus: int | None = key(None, "Most ranks this run starts on; null: any number.")
     hang_seconds: float = key(
         300.0, "A step, save or evaluation without progress for so long may be a hang: the least bound; 0: never."
@@ -37,7 +37,7 @@ class ClusterSection:
                 raise UserError(f"{PATH}.{name}: expected a finite number, found {getattr(self, name)}")
         if self.straggler_factor <= 1:
             raise UserError(f"{PATH}.straggler_factor: expected more than 1, found {self.straggler_factor}")
-        if self.max_gpus is not None and self.max_gpus < self.min_gpus:
+        if self.max_gpus is not None and self.max_gpus < (self.min_gpus or 1):
             raise UserError(f"{PATH}.max_gpus: expected at least min_gpus ({self.min_gpus}), found {self.max_gpus}")
         if self.hang_seconds and self.first_seconds < self.hang_seconds:
             raise UserError(
@@ -58,7 +58,7 @@ def check_world_size(section: ClusterSection, world_size: int, hosts: Sequence[s
         UserError: too few or too many; names the key, its value and the world size.
     """
     where = f" on {', '.join(dict.fromkeys(hosts))}" if hosts else ""
-    if world_size < section.min_gpus:
+    if section.min_gpus is not None and world_size < section.min_gpus:
         raise UserError(
             f"{PATH}.min_gpus is {section.min_gpus}, and this start has {world_size} rank(s){where}; add hosts or slots, "
             f"or set {PATH}.min_gpus={world_size}"

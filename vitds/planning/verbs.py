@@ -109,7 +109,7 @@ def read(path: str, overrides: Sequence[str], load: Callable[..., Any]) -> tuple
         model.shapes, model.factored_views(), names, run_file.deepspeed, run_file.optimizer,
         part.train.activation_checkpointing,
     )  # fmt: skip
-    batches = Batches(run_file.global_batch, run_file.micro_batch, bounds.min_gpus, bounds.max_gpus)
+    batches = Batches(run_file.global_batch, run_file.micro_batch, bounds.min_gpus or 1, bounds.max_gpus)
     return job, batches, flops_per_image(model.config)
 
 

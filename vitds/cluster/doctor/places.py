@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from vitds.cluster.doctor.comparing import Facts, Job, alike, on
-from vitds.cluster.doctor.table import WRONG, Line, ranges
+from vitds.cluster.doctor.table import WARNING, WRONG, Line, ranges
 
 
 def output_lines(job: Job, facts: Facts) -> Iterator[Line]:
@@ -51,6 +51,11 @@ def data_lines(job: Job, facts: Facts) -> Iterator[Line]:
                 path = shlex.quote(data["error"].rpartition(": ")[0])
                 message, fix = f"{host}: {key}: {data['error']}", on([host], f"ls -ld {path}; findmnt -T {path}")
                 yield Line(key, data["error"], (host,), WRONG, message, fix)
+
+            if "slow" in data:
+                yield Line(
+                    key, data["slow"], (host,), WARNING, f"{host}: {key}: {data['slow']}, so it was not compared"
+                )
 
         def wrong(hosts: tuple[str, ...], value: str, right: str, other: str, key: str = key) -> tuple[str, str]:
             return (

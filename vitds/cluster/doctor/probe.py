@@ -124,9 +124,9 @@ def digest_of_file(path: str) -> str:
 
 
 def digest_of_data(path: str, seconds: float = 5.0) -> dict[str, Any]:
-    """{digest, entries} or {error}, which it is too when a directory takes longer than `seconds`: of a directory the
-    names in it and the sizes of the first files among them, of a file its size."""
-    started = time.monotonic()
+    """{digest, entries}, {error}, or {slow} where a directory takes longer than `seconds`: of a directory the names in it
+    and the sizes of the first files among them, of a file its size."""
+    started, path = time.monotonic(), os.path.expanduser(path)
     found = hashlib.sha256()
     try:
         if os.path.isfile(path):
@@ -139,7 +139,7 @@ def digest_of_data(path: str, seconds: float = 5.0) -> dict[str, Any]:
                 if not os.path.isdir(os.path.join(path, name)):
                     found.update(b"%d\0" % about.st_size)
                 if time.monotonic() - started > seconds:
-                    return {"error": f"{path}: {i + 1} of {len(names)} entries took {seconds:.0f} s"}
+                    return {"slow": f"{path}: {i + 1} of {len(names)} entries took {seconds:.0f} s"}
         return {"digest": found.hexdigest()[:12], "entries": len(names)}
     except OSError as error:
         return {"error": f"{path}: {error.strerror}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import selectors
 import shlex
 import signal
@@ -91,11 +92,20 @@ def ask(
     Args:
         source: the script; it defines `main`.
         requests: {host: what its `main` is called with}.
-        environment: exported there first. The directory and the interpreter are those of this process.
+        environment: set there first. The directory and the interpreter are those of this process.
         limit: seconds for all of it.
         local: run on this machine, without ssh (one host).
     """
-    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in environment.items())
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if not local:  # whose limits are looked at
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and 3 * len(requests) + 64 > hard:
+        raise UserError(
+            f"doctor: {len(requests)} hosts need {3 * len(requests) + 64} open files, {hard} are allowed: ulimit -n"
+        )
+    # What Python reads before the script does; the rest comes with it, where no `ps` shows it.
+    exports = "".join(f"export {n}={shlex.quote(v)}; " for n, v in environment.items() if n.startswith("PYTHON"))
+    source += f"\nimport os\nos.environ.update({dict(environment)!r})\n"
     directory = shlex.quote(os.path.abspath("."))
     command = f"cd {directory} || exit {NO_DIRECTORY}; {exports}exec {shlex.quote(sys.executable)} -"
     patience = max(1, int(min(CONNECT_SECONDS, limit / 2)))

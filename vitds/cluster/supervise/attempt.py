@@ -207,7 +207,9 @@ class Job:
 
     def end_remote(self) -> list[Answer]:
         """End what is left of the run on other hosts."""
-        answers = self._remote.end(self._hosts, END_SECONDS)
+        # Ranks whose launcher is gone may be saving just now; those of a run that has failed have nothing to save.
+        patience = END_SECONDS if self.outcome().get("state") == "failed" else PATIENCE_SECONDS
+        answers = self._remote.end(self._hosts, patience)
         for answer in answers:
             if answer.done:
                 say(f"{answer.host}: ended {answer.done} process(es) left there, {answer.killed} of them killed")

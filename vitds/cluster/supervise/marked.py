@@ -20,6 +20,10 @@ MARK = "PYTHON_VITDS_RUN"
 variable; the `deepspeed` launcher takes to other hosts what begins with PYTHON, whatever carries it there (ssh, MPI, srun)."""
 
 
+RANK = (b"RANK=", b"OMPI_COMM_WORLD_RANK=")
+"""What a launcher tells a rank: variables of its own environment, by which it is known as one."""
+
+
 class Process(NamedTuple):
     """One living process that carries the mark."""
 
@@ -36,8 +40,14 @@ def marked(mark: str) -> dict[int, Process]:
             variables = _read(f"/proc/{name}/environ").split(b"\0")  # empty for what has ended and waits for its parent
             if wanted in variables:
                 parent = int(_read(f"/proc/{name}/stat").rpartition(b")")[2].split()[1])
-                has_rank = any(variable.startswith(b"RANK=") for variable in variables)
-                found[int(name)] = Process(parent, has_rank, b"deepspeed.launcher" in _read(f"/proc/{name}/cmdline"))
+                has_rank = any(variable.startswith(RANK) for variable in variables)
+                words = _read(f"/proc/{name}/cmdline")
+                # An ssh session has the command of the other host in its own words.
+                is_launcher = b"deepspeed.launcher" in words and os.path.basename(words.split(b"\0")[0]) not in (
+                    b"ssh",
+                    b"pdsh",
+                )
+                found[int(name)] = Process(parent, has_rank, is_launcher)
         except OSError:  # it has ended, or is another user's
             continue
     return found

@@ -75,6 +75,11 @@ class _Supervisor:
                 f"run: --max-restarts and {word.pop()} do not go together: a host that has been dropped could not be named "
                 "there; write the hosts and slots to use into the hostfile"
             )
+        if len(hosts) > 1 and "--master_addr" in self._launcher.options:
+            raise UserError(
+                "run: --max-restarts and --master_addr do not go together: that host may be left out; without it DeepSpeed "
+                "asks the first host of each attempt for its address"
+            )
         if min_hosts and min_hosts > len(hosts):
             raise UserError(f"run: --min-hosts {min_hosts}: the command has {len(hosts)} host(s) in its hostfile")
         self._output_dir = self._launcher.output_dir
@@ -173,7 +178,7 @@ class _Supervisor:
         """
         if not self._pool.hosts:
             return None
-        answers = self._remote.end(self._pool.candidates, one.END_SECONDS)
+        answers = self._remote.end(self._pool.candidates, self._patience())
         self._pool.learn(answers)
         silent = {answer.host: answer.trouble for answer in answers if answer.trouble}
         for answer in answers:
@@ -195,6 +200,11 @@ class _Supervisor:
             return f"{len(left)} of {total} host(s) left, --min-hosts is {self._min_hosts}{_why(silent)}"
         self._pool.in_use = left if left == self._pool.hosts else self._fitted(left)
         return None
+
+    def _patience(self) -> float:
+        """Seconds for ranks that are left: where the run has not failed they may be saving."""
+        failed = bool(self._attempts) and self._attempts[-1].state == "failed"
+        return one.END_SECONDS if failed or not self._attempts else one.PATIENCE_SECONDS
 
     def _fitted(self, hosts: list[Host]) -> list[Host]:
         if {"--num_nodes", "--num_gpus", "--num_accelerators"} & self._launcher.options.keys():
@@ -249,7 +259,7 @@ class _Supervisor:
         """Leave nothing behind, say what was, and return the exit code."""
         last = self._attempts[-1]
         if last.state not in ("finished", "preempted"):
-            for answer in self._remote.end(self._pool.candidates if self._pool.hosts else [], one.END_SECONDS):
+            for answer in self._remote.end(self._pool.candidates if self._pool.hosts else [], self._patience()):
                 if answer.done:
                     say(f"{answer.host}: ended {answer.done} process(es) left there, {answer.killed} of them killed")
         seconds = time.monotonic() - self._began

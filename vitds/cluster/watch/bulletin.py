@@ -104,13 +104,14 @@ class Bulletin:
     def claim(self, incident: dict[str, Any]) -> bool:
         """Become the rank that judges, once and for all; False: another is."""
         try:
-            with open(self._verdict, "x", encoding="utf-8") as file:
-                json.dump(incident, file, indent=2, ensure_ascii=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
+            file = open(self._verdict, "x", encoding="utf-8")  # noqa: SIM115
         except FileExistsError:
             return False
+        with suppress(OSError), file:  # a full disk keeps nobody from saying it
+            json.dump(incident, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
         return True
 
     def publish(self, call: dict[str, Any], incident: dict[str, Any]) -> None:

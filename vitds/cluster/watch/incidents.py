@@ -14,15 +14,20 @@ from vitds.errors import Preempted, Stopped, UserError
 Report = Mapping[str, Any]
 """A rank's state. rank, host, step, beats, phase · seconds: since its last beat · left: until its bound, s, or None for
 never · place, collective: of its main thread (`Standing`) · error: one line, or None · connection: whether the error is
-of a connection · gone: ranks of its own host whose processes have ended."""
+of a connection · refused: whether it is the user's · gone: ranks of its own host whose processes have ended."""
 
-AGREED = (UserError, Preempted, Stopped, KeyboardInterrupt)
-"""Errors that every rank knows of, or the user's own: no incidents."""
 _LOST_CONNECTION = (
     "connection closed by peer", "connection reset", "connection refused", "broken pipe", "timed out", "socket timeout",
     "remote process exited", "nccl error", "nccl communicator", "gloo/transport", "failed to recv", "failed to send",
 )  # fmt: skip
 _HOSTS_NAMED = 8
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether an error is one that every rank has raised, or a person's Ctrl-C: no incident."""
+    if isinstance(error, UserError):
+        return bool(getattr(error, "agreed", False))  # a bad image, say, may be one rank's alone
+    return isinstance(error, (Preempted, Stopped, KeyboardInterrupt))
 
 
 def is_of_a_connection(error: BaseException) -> bool:
@@ -117,14 +122,17 @@ def judge(reports: Mapping[int, Report], hosts: Sequence[str], directory: str) -
             if len(standings) == 1 and reports[0]["collective"] and len(set(hosts)) > 1:
                 where += "; all are alive, so the network between these hosts, or a device, is stuck"
             message = f"no progress {at} for {seconds:.0f} s on {named(range(len(hosts)), hosts)}: {where}"
-    return {
+    found = {
         "what": what,
         "step": step,
         "ranks": list(ranks),
         "hosts": list(dict.fromkeys(hosts[rank] for rank in ranks)),
         "message": f"{message}. Stacks of all that could write them: {directory}",
         "reports": directory,
-    }  # fmt: skip
+    }
+    if crashed and all(reports[rank].get("refused") for rank in crashed):
+        found |= {"what": "refused", "hosts": [], "exit_code": 2}  # a restart would be refused as well
+    return found
 
 
 def named(ranks: Collection[int], hosts: Sequence[str]) -> str:

@@ -25,10 +25,11 @@ from typing import Any
 from vitds import dist
 from vitds.cluster.section import ClusterSection
 from vitds.cluster.watch.bulletin import Bulletin
-from vitds.cluster.watch.incidents import AGREED, can_be_judged, is_of_a_connection, judge, one_line
+from vitds.cluster.watch.incidents import can_be_judged, is_agreed, is_of_a_connection, judge, one_line
 from vitds.cluster.watch.neighbours import Neighbours, own_card
 from vitds.cluster.watch.rhythm import Pulse, Rhythm
 from vitds.cluster.watch.stacks import Standing, all_stacks, flight_record, frames_of_error, standing, whereabouts
+from vitds.errors import UserError
 from vitds.json_files import say
 
 GRACE_SECONDS = 10.0
@@ -63,7 +64,10 @@ class Watch:
         self._lock = threading.Lock()
         """Held by the watching thread while it uses the bulletin."""
         self._wake, self._judged = threading.Event(), threading.Event()
-        self._over = self._asking = False
+        self._over, self._asking = threading.Event(), False
+        self._arming = threading.Lock()
+        self._looked = time.monotonic()
+        """When the watching thread last came back from the shared directory."""
         self._call: str | None = None
         self._called = time.monotonic()
         self._claimed: float | None = None
@@ -72,18 +76,21 @@ class Watch:
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         """By rank: its last report to this call, and when that was first seen."""
         self._every = 1.0
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name="watch", daemon=True) for target in (self._run, self._keep_armed)
+        ]
 
     def __enter__(self) -> Watch:
         self._main = threading.get_ident()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._over = True
+        self._over.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(self._grace)
+        for thread in self._threads:
+            thread.join(self._grace)
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, step: int) -> None:
@@ -129,6 +136,7 @@ class Watch:
             self._neighbours = Neighbours({i: card for i, (_, card) in enumerate(cards)}, rank)
             self._every = min(max(1.0, world_size / 256), max(0.05, self._grace / 4))
             self._bulletin = bulletin
+            self._keep_armed(once=True)  # from here on with a file for the stacks
             self._wake.set()
         elif rank == 0:
             say(
@@ -136,9 +144,9 @@ class Watch:
             )
         try:
             yield
-        except AGREED:
-            raise
         except BaseException as error:
+            if is_agreed(error):
+                raise
             incident = self._inquest(error)
             if incident is not None:
                 error.incident = incident  # type: ignore[attr-defined]
@@ -146,8 +154,9 @@ class Watch:
         finally:
             # The watching thread may be held up by a disk that does not answer; it must then keep its files.
             if self._lock.acquire(timeout=self._grace):
-                self._bulletin = None
-                faulthandler.cancel_dump_traceback_later()  # it would write to a file that is closed
+                with self._arming:
+                    self._bulletin = None
+                    faulthandler.cancel_dump_traceback_later()  # it would write to a file that is closed
                 if bulletin is not None:
                     bulletin.close()
                 self._lock.release()
@@ -163,12 +172,11 @@ class Watch:
 
     def _run(self) -> None:
         troubled: float | None = None
-        while not self._over:
+        while not self._over.is_set():
             pulse = self._rhythm.pulse
             left = pulse.bound - self._rhythm.silence(pulse)
             try:
                 with self._lock:
-                    self._arm(left)
                     verdict = self._look(pulse, left)
                 troubled = None
             except OSError as trouble:
@@ -176,6 +184,7 @@ class Watch:
                 verdict, troubled = None, troubled or time.monotonic()
                 if left <= 0 and not self._error and time.monotonic() - troubled > self._grace:
                     self._end_alone(pulse, f"{self._home} cannot be used ({trouble})")
+            self._looked = time.monotonic()
             if verdict is not None:
                 self._obey(verdict)
             began = time.monotonic()
@@ -185,8 +194,21 @@ class Watch:
             if waited > 5 * self._every + 1:  # suspended: nobody ran, and nothing hung
                 self._rhythm.absent += waited
 
+    def _keep_armed(self, once: bool = False) -> None:
+        """Renew the last resort, for as long as the main thread gets on or is looked after.
+
+        In a thread that touches no disk: a file server that is away must not end ranks that train without it.
+        """
+        while True:
+            left = self._rhythm.pulse.bound - self._rhythm.silence(self._rhythm.pulse)
+            if left > 0 or time.monotonic() - self._looked <= self._margin:
+                with self._arming:
+                    self._arm(left)
+            if once or self._over.wait(min(1.0, self._every)):
+                return
+
     def _arm(self, left: float) -> None:
-        """Renew the last resort: C code that ends this process when this thread cannot."""
+        """C code that ends this process when no Python can."""
         if self._error is not None:
             left = 4 * self._grace + UNWIND_SECONDS
         if math.isinf(left):
@@ -232,6 +254,7 @@ class Watch:
             "seconds": round(self._rhythm.silence(pulse), 1), "left": None if math.isinf(left) else round(left, 1),
             "place": at.place, "collective": at.collective, "error": one_line(error) if error else None,
             "connection": error is not None and is_of_a_connection(error), "gone": gone,
+            "refused": isinstance(error, UserError),
         }  # fmt: skip
 
     def _judge(self, bulletin: Bulletin, call: dict[str, Any], gone: list[int]) -> dict[str, Any] | None:
@@ -276,9 +299,9 @@ class Watch:
         self._judged.set()
         if self._error is not None:
             self._wake.clear()
-            if not self._over:
+            if not self._over.is_set():
                 self._wake.wait(UNWIND_SECONDS)
-            if self._over:
+            if self._over.is_set():
                 return
         _end()
 
