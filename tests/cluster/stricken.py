@@ -36,7 +36,7 @@ from vitds.errors import Stopped, UserError  # noqa: E402
 from vitds.interruption import Interruption  # noqa: E402
 from vitds.json_files import append_row  # noqa: E402
 
-BOUND, GRACE, MARGIN, WORLD, PATIENCE = 3.0, 2.0, 3.0, 3, 60.0
+BOUND, GRACE, MARGIN, WORLD, PATIENCE = 3.0, 4.0, 5.0, 3, 60.0
 STEP, SUSPENDED = 4, 9.0
 neighbours.SETTLE_SECONDS = 0.5
 

@@ -101,7 +101,7 @@ def test_one_message_names_the_rank(
 
 
 def test_it_ends_in_time(jobs: tuple[Path, dict[str, Any]]) -> None:
-    """Bound and grace are 3 and 2 s there; the rank that is stuck in C since its first step has 5 + 3 s."""
+    """Bound and grace are 3 and 4 s there; the rank that is stuck in C since its first step has 5 + 5 s."""
     late = {case: jobs[1][case]["seconds"] for case in ENDING if jobs[1][case]["seconds"] > 30}
     assert not late
 
