@@ -137,7 +137,6 @@ def together(action: Callable[[], Result]) -> Result:
         UserError, Stopped, Preempted: as the first rank that failed raised it, but a UserError before all others.
         Stopped: any other Exception, with its type, its message and, in a world of several, its rank and host; caused
             by it on the rank where it arose.
-        All of them with `agreed` set, as an error that every rank raises.
     """
     result: Any = None
     failure: Exception | None = None
@@ -163,7 +162,8 @@ def together(action: Callable[[], Result]) -> Result:
     else:
         agreed = kind(reason)
         agreed.__cause__ = failure
-    agreed.agreed = True  # type: ignore[attr-defined]  # every rank has it, and none waits for another
+    if isinstance(agreed, UserError):
+        agreed.agreed = True
     raise agreed
 
 

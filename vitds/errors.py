@@ -19,6 +19,9 @@ class UserError(ValueError):
     The message names the file, key or host, the value, what is allowed and the nearest right word.
     """
 
+    agreed = True
+    """Every rank raises it; False where one rank alone does, and the others wait for it (an image of its own, say)."""
+
 
 class Stopped(RuntimeError):
     """The run cannot go on, for a reason that every rank knows: one message, exit code 1. What was saved before is on disk."""

@@ -58,7 +58,9 @@ def fails() -> None:
 
 
 def refuses() -> None:
-    raise UserError("too many bad images")
+    error = UserError("too many bad images")
+    error.agreed = False
+    raise error
 
 
 def stops() -> None:

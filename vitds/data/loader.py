@@ -216,10 +216,13 @@ class _BadSamples:
             if bad.key not in self._keys:
                 self._keys.add(bad.key)
                 self.found.append(bad)
-        if prepared.error is not None:
-            raise prepared.error
-        if len(self.found) > self.cap:
-            raise UserError(too_many_bad(self.found, self.cap, self.role))
+        error = prepared.error
+        if error is None and len(self.found) > self.cap:
+            error = UserError(too_many_bad(self.found, self.cap, self.role))
+        if isinstance(error, UserError):
+            error.agreed = False  # the other ranks' images may be fine
+        if error is not None:
+            raise error
         assert prepared.batch is not None
         return prepared.batch
 

@@ -26,7 +26,7 @@ _HOSTS_NAMED = 8
 def is_agreed(error: BaseException) -> bool:
     """Whether an error is one that every rank has raised, or a person's Ctrl-C: no incident."""
     if isinstance(error, UserError):
-        return bool(getattr(error, "agreed", False))  # a bad image, say, may be one rank's alone
+        return error.agreed
     return isinstance(error, (Preempted, Stopped, KeyboardInterrupt))
 
 
