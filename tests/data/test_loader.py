@@ -223,8 +223,9 @@ def test_too_many_undecodable_images_stop_the_run(damaged, workers):
     section = DataSection(damaged, num_workers=workers, max_bad_samples=2)
     loader = train_loader(build_source(damaged, "train"), section, global_batch=20, micro_batch=5)
     message = r"^vitds.data.train: 3 images cannot be decoded \(vitds.data.max_bad_samples is 2\): ./\d\d.png [^\n]*$"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         list(itertools.islice(loader, 4))
+    assert not raised.value.agreed, "other ranks do not know it"
     loader.close()
 
 
