@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitds.cli import config_docs
 from vitds.config import load_run_file
 from vitds.data.transforms import build_transforms
 from vitds.errors import UserError
@@ -144,3 +145,7 @@ def test_nothing_names_a_private_machine():
         ):
             bad.append(str(path.relative_to(ROOT)))
     assert not bad, bad
+
+
+def test_the_reference_of_keys_is_what_the_sections_say():
+    assert (ROOT / "docs" / "config.md").read_text() == config_docs() + "\n", "make docs"
