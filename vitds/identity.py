@@ -9,7 +9,7 @@ from vitds.json_files import finite
 
 # Keys of the run file, each with everything below it. What is not listed here
 # (total steps, micro batch, ZeRO stage, precision, monitors, checkpoint cadence, world size) may change on the way.
-IDENTITY = ("train_batch_size", "optimizer", "vitds.model", "vitds.groups", "vitds.train.seed")
+IDENTITY = ("train_batch_size", "optimizer", "vitds.model", "vitds.groups", "vitds.train.seed", "vitds.data.order")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitds.data.images import MAX_PIXELS, BadImage, decode
+from vitds.data.images import MAX_PIXELS, Unusable, decode
 
 RED = (200, 30, 60)
 
@@ -99,5 +99,5 @@ def bomb():
     ids=["empty", "text", "truncated jpeg", "truncated webp", "other format", "bomb"],
 )
 def test_what_cannot_be_decoded_says_why(data, reason):
-    with pytest.raises(BadImage, match=reason):
+    with pytest.raises(Unusable, match=reason):
         decode(data)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitds.data.order import batch_start, hop, merged, order, orders, reach_back
+from vitds.data.order import order, orders
+from vitds.data.skips import batch_start, hop, merged, reach_back
 
 HUGE = 3_000_000_019
 

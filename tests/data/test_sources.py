@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vitds import sections
-from vitds.data import SOURCES, DataSection, SourceSection, build_source, build_sources, folder
+from vitds.data import SOURCES, DataSection, SourceSection, build_source, build_sources, storage
 from vitds.data.digits import held_out
 from vitds.errors import UserError
 
@@ -39,7 +39,6 @@ def test_every_source_keeps_the_contract(name, images):
     first, second = (build_source(section(name, images), "train") for _ in range(2))
     copy = pickle.loads(pickle.dumps(first))
     assert len(first) == len(second) == len(copy) > 0
-    assert len(first.class_names) == first.num_classes
     keys = set()
     for index in range(len(first)):
         image, label, key = first.read(index)
@@ -49,7 +48,7 @@ def test_every_source_keeps_the_contract(name, images):
             np.testing.assert_array_equal(np.frombuffer(other_image, np.uint8), np.frombuffer(image, np.uint8))
         assert isinstance(image, bytes) or (image.dtype == np.uint8 and image.shape[2:] in ((), (3,)))
         assert isinstance(label, int)
-        assert 0 <= label < first.num_classes
+        assert 0 <= label < len(first.class_names)
         keys.add(key)
     assert len(keys) == len(first)
 
@@ -96,15 +95,15 @@ def test_a_read_that_fails_for_a_moment_is_repeated(images, monkeypatch):
         if len(waits) == 3:
             path.write_bytes(data)
 
-    monkeypatch.setattr(folder.time, "sleep", come_back_in_the_third_wait)
+    monkeypatch.setattr(storage.time, "sleep", come_back_in_the_third_wait)
     assert source.read(3)[0] == data
-    assert waits == list(folder.RETRY_AFTER_SECONDS[:3])
+    assert waits == list(storage.RETRY_AFTER_SECONDS[:3])
 
 
 def test_a_read_that_keeps_failing_names_the_file(images, monkeypatch):
     source = build_source(SourceSection("folder", path=str(images)), "train")
     (images / "owl" / "a.jpg").unlink()
-    monkeypatch.setattr(folder, "RETRY_AFTER_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(storage, "RETRY_AFTER_SECONDS", (0.0, 0.0))
     with pytest.raises(RuntimeError, match=r"owl/a\.jpg: cannot be read \(No such file.*3 attempts"):
         source.read(3)
 
@@ -144,9 +143,10 @@ def test_sections_and_sources_that_do_not_fit_are_refused(images, tmp_path_facto
         build_sources(folders, 2)
     with pytest.raises(UserError, match=r"path: source 'digits' does not read it; it reads split"):
         build_source(SourceSection("digits", path="x"), "train")
+    with pytest.raises(UserError, match="vitds.data.train.split: 'test' is not known"):
+        build_source(SourceSection("digits", split="test"), "train")
     for given, message in (
         ({"train": {"source": "digit"}}, "did you mean 'digits'"),
-        ({"train": {"source": "digits", "split": "test"}}, "vitds.data.train.split"),
         ({"train": {"source": "digits", "transforms": ["flip"]}}, "transforms.*'flip' is not known"),
         ({"train": {"source": "synthetic", "num_images": 0}}, "num_images: expected a whole number ≥ 1"),
         ({"train": {"source": "digits"}, "prefetch": 0}, "prefetch: expected at least 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vitds.data.order import hop, merged, reach_back
+from vitds.data.skips import hop, merged, reach_back
 
 
 @dataclass

@@ -6,7 +6,8 @@ from vitds.data.order import order
 from vitds.data.randomness import augmentation_rng
 from vitds.data.samples import BadSample
 from vitds.data.section import DataSection, SourceSection
-from vitds.data.sources import SOURCES, Source, build_source, build_sources
+from vitds.data.source import Source
+from vitds.data.sources import SOURCES, build_source, build_sources
 from vitds.data.transforms import TRANSFORMS
 
 __all__ = [

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from vitds.errors import UserError
+from vitds.data.source import Sample, Source
+from vitds.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from vitds.data.section import SourceSection
@@ -30,13 +31,11 @@ def held_out(labels: np.ndarray) -> np.ndarray:
     return mask
 
 
-class Digits:
+class Digits(Source):
     """The digits of one split; the values 0…16 are stretched to 0…255."""
 
     keys: ClassVar[tuple[str, ...]] = ("split",)
-    multi_label: ClassVar[bool] = False
-    num_classes = 10
-    class_names: ClassVar[list[str]] = [str(digit) for digit in range(10)]
+    class_names = [str(digit) for digit in range(10)]  # noqa: RUF012
 
     def __init__(self, section: SourceSection, role: str) -> None:
         try:
@@ -46,9 +45,12 @@ class Digits:
                 f"vitds.data.{role}.source: 'digits' ships inside scikit-learn, which cannot be imported ({error}); "
                 "pip install scikit-learn"
             ) from error
+        split = section.split or role
+        if split not in ("train", "eval"):
+            raise UserError(one_of(f"vitds.data.{role}.split", split, ("train", "eval")))
         digits = load_digits()
         labels = digits.target.astype(np.int64)
-        mine = held_out(labels) == ((section.split or role) == "eval")
+        mine = held_out(labels) == (split == "eval")
         self.images = np.round(digits.images[mine] * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
         self.labels = labels[mine].tolist()
         self.numbers = np.flatnonzero(mine)
@@ -56,5 +58,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[np.ndarray, int, str]:
-        return self.images[index], self.labels[index], f"digits/{self.numbers[index]}"
+    def key(self, index: int) -> str:
+        return f"digits/{self.numbers[index]}"
+
+    def read(self, index: int) -> Sample:
+        return self.images[index], self.labels[index], self.key(index)

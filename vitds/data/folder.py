@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import time
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from vitds.data.source import Sample, Source
+from vitds.data.storage import read_file
 from vitds.errors import UserError
 
 if TYPE_CHECKING:
     from vitds.data.section import SourceSection
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-RETRY_AFTER_SECONDS = (0.1, 0.5, 2.0, 8.0)
 
 
-class Folder:
+class Folder(Source):
     """Images listed once, classes and files in order of their names, so that every rank lists them alike.
 
     Names that start with a dot are passed over. The listing is held as one block of bytes and an array of offsets:
@@ -25,7 +26,6 @@ class Folder:
     """
 
     keys: ClassVar[tuple[str, ...]] = ("path",)
-    multi_label: ClassVar[bool] = False
 
     def __init__(self, section: SourceSection, role: str) -> None:
         place = f"vitds.data.{role}.path"
@@ -41,36 +41,23 @@ class Folder:
         self.offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
         self.labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(in_class) for in_class in files])
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> tuple[bytes, int, str]:
-        label = int(self.labels[index])
+    def key(self, index: int) -> str:
         name = os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]])
-        key = f"{self.class_names[label]}/{name}"
-        return read_file(os.path.join(self.root, self.class_names[label], name)), label, key
+        return f"{self.class_names[self.labels[index]]}/{name}"
 
+    def read(self, index: int) -> Sample:
+        key = self.key(index)
+        return read_file(os.path.join(self.root, key)), int(self.labels[index]), key
 
-def read_file(path: str) -> bytes:
-    """The file's bytes; storage that fails for a moment is asked again, for about ten seconds in all.
-
-    Raises:
-        RuntimeError: the last attempt failed too; names the file.
-    """
-    for delay in (*RETRY_AFTER_SECONDS, None):
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            if delay is None:
-                attempts = len(RETRY_AFTER_SECONDS) + 1
-                raise RuntimeError(f"{path}: cannot be read ({error.strerror}), {attempts} attempts") from error
-            time.sleep(delay)
-    raise AssertionError
+    def digest(self) -> str:
+        """Of all names; what the files hold is not looked at."""
+        found = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
+        for part in (self.names, self.offsets.tobytes(), self.labels.tobytes()):
+            found.update(part)
+        return found.hexdigest()
 
 
 def _list_classes(root: str, place: str) -> tuple[list[str], list[list[str]]]:

@@ -14,8 +14,8 @@ MAX_PIXELS = 89_478_485
 """Larger pictures are refused before they are decompressed (256 MiB as RGB; where Pillow begins to warn)."""
 
 
-class BadImage(ValueError):
-    """These bytes are no image that can be used; `str(error)` says why."""
+class Unusable(ValueError):
+    """This is no image, or no label, that can be used; `str(error)` says why."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -25,18 +25,18 @@ def decode(data: bytes) -> Image.Image:
     does in Pillow), what is transparent shows white, and EXIF orientation is applied. Of an animation, the first frame.
 
     Raises:
-        BadImage: not an image of `FORMATS`, truncated or corrupt, or of more than `MAX_PIXELS` pixels.
+        Unusable: not an image of `FORMATS`, truncated or corrupt, or of more than `MAX_PIXELS` pixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise BadImage(f"{width}×{height} pixels are more than {MAX_PIXELS}")
+            raise Unusable(f"{width}×{height} pixels are more than {MAX_PIXELS}")
         image.load()
-    except (BadImage, MemoryError):
+    except (Unusable, MemoryError):
         raise
     except Exception as error:  # On bad bytes decoders raise OSError, SyntaxError, ValueError, struct.error, …
-        raise BadImage(f"{type(error).__name__}: {error}" if data else "no bytes") from error
+        raise Unusable(f"{type(error).__name__}: {error}" if data else "no bytes") from error
     with contextlib.suppress(Exception):  # Malformed EXIF: the pixels are sound, and turned before Pillow rewrites it.
         ImageOps.exif_transpose(image, in_place=True)
     return _rgb(image)

@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader
 
 from vitds import dist
 from vitds.data.batch import Batch
-from vitds.data.order import merged, orders
+from vitds.data.order import build_order
 from vitds.data.samples import BadSample, EvalBatches, Images, Prepared, TrainBatches, too_many_bad
 from vitds.data.section import DataSection, SourceSection
-from vitds.data.sources import Role, Source, check_classes
+from vitds.data.skips import merged
+from vitds.data.source import Source
+from vitds.data.sources import Role, check_classes
 from vitds.data.transforms import TRAIN_DEFAULT, build_transforms, eval_default
 from vitds.errors import UserError
 
@@ -50,6 +52,7 @@ class TrainLoader:
     ) -> None:
         self._batches = TrainBatches(
             _images(source, section, section.train, "train", image_size, num_classes),
+            order=build_order(section.order, seed, len(source)),
             seed=seed,
             mixup=section.mixup,
             position=position,
@@ -82,9 +85,9 @@ class TrainLoader:
     def keys(self, positions: Sequence[int]) -> list[str]:
         """By which names a person finds the images at these positions. Reads the source again, and never fails."""
         images, found = self._batches.images, []
-        for index in orders(self._batches.seed, np.array(positions), len(images.source)).tolist():
+        for index in self._batches.order.indices(np.array(positions)).tolist():
             try:
-                found.append(images.source.read(index)[2])
+                found.append(images.source.key(index))
             except Exception as error:  # a report on one mistake must not end in another
                 found.append(f"image {index} (cannot be read: {error})")
         return found

@@ -4,22 +4,49 @@ Position p lies in epoch p // num_images, and every epoch is its own permutation
 The permutation is an alternating Feistel network on the smallest power of two that holds num_images, walked along its
 cycle until the value is again a valid index (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
 The domain is less than twice num_images, so a walk takes fewer than two rounds of the network on average.
-
-A run may give up ranges [start, end) of positions, whole global batches each; its stream hops over them.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vitds.data.section import OrderSection
 
 Word = TypeVar("Word", int, np.ndarray)
 ROUNDS = 8
 WORD_MASK = (1 << 64) - 1
+
+
+class Order(Protocol):
+    """Which image stands at which position; a value, handed to worker processes."""
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Indices in [0, num_images), int64 (P,), of the images at `positions` ≥ 0, (P,)."""
+
+
+@dataclass(frozen=True)
+class FullOrder:
+    """A random permutation of all images, another one each epoch."""
+
+    seed: int
+    num_images: int
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        return orders(self.seed, positions, self.num_images)
+
+
+def build_order(section: OrderSection, seed: int, num_images: int) -> Order:
+    """The order that the run file asks for, over `num_images` ≥ 1."""
+    assert num_images > 0, num_images
+    if section.kind == "windowed":
+        raise NotImplementedError
+    return FullOrder(seed, num_images)
 
 
 def order(seed: int, position: int, num_images: int) -> int:
@@ -50,49 +77,6 @@ def orders(seed: int, positions: np.ndarray, num_images: int) -> np.ndarray:
             indices[here] = _permute(indices[here], keys, bits)
             here = here[indices[here] >= num_images]
     return indices.astype(np.int64)
-
-
-def merged(ranges: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
-    """The same positions as disjoint ranges [start, end) in ascending order, none touching the next."""
-    found: list[tuple[int, int]] = []
-    for start, end in sorted(map(tuple, ranges)):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((start, end))
-    return found
-
-
-def hop(position: int, skipped: Iterable[Sequence[int]]) -> int:
-    """The first position ≥ `position` that lies in none of the ranges."""
-    for start, end in merged(skipped):
-        if start <= position < end:
-            return end
-    return position
-
-
-def batch_start(number: int, position: int, global_batch: int, skipped: Iterable[Sequence[int]]) -> int:
-    """Start of the global batch that comes `number` ≥ 0 batches after the first at or behind `position`."""
-    position = hop(position, skipped)
-    start = position + number * global_batch
-    for first, end in merged(skipped):
-        if position < first <= start:
-            start += end - first
-    return start
-
-
-def reach_back(position: int, batches: int, global_batch: int, skipped: Iterable[Sequence[int]]) -> int:
-    """Where the last `batches` ≥ 1 global batches began, that at `position` included; at most back to the beginning."""
-    ranges = merged(skipped)
-    for _ in range(batches - 1):
-        before = position - global_batch
-        for start, end in reversed(ranges):
-            if start <= before < end:
-                before = start - global_batch
-        if before < 0:
-            break
-        position = before
-    return position
 
 
 @functools.lru_cache(maxsize=64)

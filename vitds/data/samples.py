@@ -10,19 +10,19 @@ import torch
 from torch.utils.data import Dataset
 
 from vitds.data.batch import Batch
-from vitds.data.images import BadImage, decode
-from vitds.data.order import batch_start, orders
+from vitds.data.images import Unusable, decode
+from vitds.data.order import Order
 from vitds.data.randomness import augmentation_rng, mixup_rng
-from vitds.data.sources import Role, Source
+from vitds.data.skips import batch_start
+from vitds.data.source import Label, Sample, Source
+from vitds.data.sources import Role
 from vitds.data.transforms import Transform
 from vitds.errors import UserError
-
-Label = int | list[int]
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """An image that could not be decoded, and the position (or evaluation index) at which it was met."""
+    """An image that could not be used, and the position (or evaluation index) at which it was met."""
 
     key: str
     reason: str
@@ -56,16 +56,17 @@ class Images:
     num_classes: int
     max_bad_samples: int
 
-    def load(self, index: int, rng: np.random.Generator, position: int) -> tuple[np.ndarray, Label] | BadSample:
-        """uint8 (S, S) or (S, S, 3) and the label of image `index`.
+    def prepare(self, sample: Sample, rng: np.random.Generator, position: int) -> tuple[np.ndarray, Label] | BadSample:
+        """uint8 (S, S) or (S, S, 3) and the label of what the source has read.
 
         Raises:
-            UserError: the transforms give another size; a label is not one of the model's classes.
+            UserError: the transforms give another size.
         """
-        stored, label, key = self.source.read(index)
+        stored, label, key = sample
         try:
+            label = self._checked(label)
             picture = stored if isinstance(stored, np.ndarray) else decode(stored)
-        except BadImage as error:
+        except Unusable as error:
             return BadSample(key, str(error), position)
         for transform in self.transforms:
             picture = transform(picture, rng)
@@ -76,12 +77,15 @@ class Images:
                 f"vitds.data.{self.role}.transforms: {key} comes out {pixels.shape[0]}×{pixels.shape[1]}, "
                 f'the model takes {size}×{size}; add "resize" or give the size'
             )
+        return pixels, label
+
+    def _checked(self, label: Label | Unusable) -> Label:
+        if isinstance(label, Unusable):
+            raise label
         for one in (label,) if isinstance(label, int) else label:
             if not 0 <= one < self.num_classes:
-                raise UserError(
-                    f"vitds.data.{self.role}: {key} has label {one}, but vitds.model.num_classes is {self.num_classes}"
-                )
-        return pixels, label
+                raise Unusable(f"label {one} is not one of the model's {self.num_classes} classes")
+        return label
 
     def labels(self, labels: Sequence[Label]) -> torch.Tensor:
         """int64 (B,), or of a multi-label source multi-hot float32 (B, C)."""
@@ -107,6 +111,7 @@ class TrainBatches(Dataset[Prepared]):
     """Micro-batch number n of one rank, from the start of its stream at `position`."""
 
     images: Images
+    order: Order
     seed: int
     mixup: float
     position: int
@@ -178,19 +183,24 @@ class TrainBatches(Dataset[Prepared]):
         )
 
     def _load(self, positions: Sequence[int], bad_samples: list[BadSample]) -> tuple[list[np.ndarray], list[Label]]:
-        indices = orders(self.seed, np.array(positions), len(self.images.source)).tolist()
+        indices = self.order.indices(np.array(positions)).tolist()
+        samples = self.images.source.read_many(indices)
         pictures, labels = [], []
-        for position, index in zip(positions, indices, strict=True):
-            pixels, label = self._load_or_replace(position, index, bad_samples)
+        for position, index, sample in zip(positions, indices, samples, strict=True):
+            pixels, label = self._load_or_replace(position, index, sample, bad_samples)
             pictures.append(pixels)
             labels.append(label)
         return pictures, labels
 
-    def _load_or_replace(self, position: int, index: int, bad_samples: list[BadSample]) -> tuple[np.ndarray, Label]:
-        """Image `index`, or in place of one that cannot be decoded the next by index that can."""
+    def _load_or_replace(
+        self, position: int, index: int, sample: Sample, bad_samples: list[BadSample]
+    ) -> tuple[np.ndarray, Label]:
+        """Image `index`, which has been read, or in place of one that cannot be used the next by index that can."""
         total = len(self.images.source)
         for offset in range(min(total, self.images.max_bad_samples + 1)):
-            loaded = self.images.load((index + offset) % total, augmentation_rng(self.seed, position), position)
+            if offset:
+                sample = self.images.source.read((index + offset) % total)
+            loaded = self.images.prepare(sample, augmentation_rng(self.seed, position), position)
             if not isinstance(loaded, BadSample):
                 return loaded
             bad_samples.append(loaded)
@@ -218,8 +228,8 @@ class EvalBatches(Dataset[Prepared]):
         labels: list[Label] = [[] if self.images.source.multi_label else 0] * self.batch
         is_real = torch.zeros(self.batch, dtype=torch.bool)
         try:
-            for i, index in enumerate(indices):
-                loaded = self.images.load(index, augmentation_rng(0, index), index)
+            for i, (index, sample) in enumerate(zip(indices, self.images.source.read_many(indices), strict=True)):
+                loaded = self.images.prepare(sample, augmentation_rng(0, index), index)
                 if isinstance(loaded, BadSample):
                     bad_samples.append(loaded)
                 else:

@@ -14,9 +14,25 @@ from vitds.sections import check_least, key
 class SourceSection:
     """Where images come from and what is done to them."""
 
-    source: str = key(doc="Name of a source: digits, synthetic, folder.")
-    path: str | None = key(None, "Folder of one folder per class (source folder).")
-    split: str | None = key(None, "Which part of the digits; that of the role when absent.", choices=("train", "eval"))
+    source: str = key(doc="Name of a source: digits, synthetic, folder, tar, hf.")
+    path: str | None = key(
+        None,
+        "Folder of one folder per class (source folder); tar shards as a file, a folder of them or a pattern with braces "
+        "and wildcards, as in shards/train-{000000..001023}.tar (source tar); directory of a data set (source hf).",
+    )
+    index_dir: str | None = key(None, "Directory of the indices of tar shards; beside the shards when absent.")
+    classes: str | None = key(
+        None, "File of the class names, one a line or a JSON list, in the order of their numbers (sources tar and hf)."
+    )
+    label_key: str | None = key(
+        None,
+        "Key of the label in the JSON of a tar's image, or column of a data set; label, labels or cls when absent.",
+    )
+    image_key: str | None = key(None, "Column of a data set's images; its only Image column when absent (source hf).")
+    exclude: str | None = key(None, "File that names images to leave out, as `vitds data dedup` writes it.")
+    split: str | None = key(
+        None, "Which part of the digits (train, eval) or of a data set; that of the role when absent."
+    )
     num_images: int | None = key(None, "Number of synthetic images; 10000 when absent.")
     num_classes: int | None = key(None, "Number of classes of the synthetic images; 1000 when absent.")
     image_size: int | None = key(None, "Height and width of the synthetic images; 224 when absent.")
@@ -38,15 +54,40 @@ class SourceSection:
 
 
 @dataclass(frozen=True)
+class OrderSection:
+    """In which order the training stream visits the images; every epoch is another permutation of all of them."""
+
+    kind: str = key(
+        "full",
+        "full: any image may follow any other. windowed: neighbours in storage are visited close together, for disks and "
+        "object mounts.",
+        choices=("full", "windowed"),
+    )
+    run_images: int = key(16, "Neighbours that stay together and are read in one piece (windowed).")
+    block_images: int = key(1024, "Neighbours that are visited within one window (windowed).")
+    window_blocks: int = key(64, "Blocks from anywhere whose runs are mixed with each other (windowed).")
+
+    def __post_init__(self) -> None:
+        check_least("vitds.data.order", self, run_images=1, block_images=1, window_blocks=1)
+        if self.block_images % self.run_images:
+            raise UserError(
+                f"vitds.data.order.block_images: {self.block_images} is no multiple of run_images ({self.run_images})"
+            )
+
+
+@dataclass(frozen=True)
 class DataSection:
     """The training stream and the images of the evaluation."""
 
     train: SourceSection = key(doc="The training images.")
     eval: SourceSection | None = key(None, "The images of the evaluation; none, no evaluation.")
+    order: OrderSection = key(OrderSection(), "The order of the training stream.")
     mixup: float = key(0.0, "Mixup: p of the Beta(p, p) from which each step draws its mixing weight; 0 mixes nothing.")
     num_workers: int = key(0, "Processes per rank that prepare images; 0 prepares them in the training process.")
     prefetch: int = key(2, "Micro-batches that each worker keeps ready.")
-    max_bad_samples: int = key(100, "Undecodable images that one rank replaces before the run stops.")
+    max_bad_samples: int = key(
+        100, "Images that cannot be decoded or have a wrong label, over the whole run; one more stops it."
+    )
 
     def __post_init__(self) -> None:
         check_least("vitds.data", self, mixup=0, num_workers=0, prefetch=1, max_bad_samples=0)

@@ -1,13 +1,13 @@
-"""SOURCES: where images come from, by name, and the one thing a loader may know of them."""
+"""SOURCES: where images come from, by name."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
-
-import numpy as np
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from vitds.data.digits import Digits
 from vitds.data.folder import Folder
+from vitds.data.source import Source
 from vitds.data.synthetic import Synthetic
 from vitds.errors import UserError
 
@@ -17,35 +17,13 @@ if TYPE_CHECKING:
 Role = Literal["train", "eval"]
 
 
-class Source(Protocol):
-    """Images by index. A source is read by several processes at once, forked or unpickled."""
-
-    keys: ClassVar[tuple[str, ...]]
-    """Keys of the section, beside `source` and `transforms`, that this source reads; others are refused."""
-    multi_label: ClassVar[bool]
-    """Whether labels are lists of classes."""
-
-    @property
-    def num_classes(self) -> int: ...
-
-    @property
-    def class_names(self) -> list[str]: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[bytes | np.ndarray, int | list[int], str]:
-        """(image, label, key) of image `index`.
-
-        The image is an encoded file or a uint8 array (H, W) or (H, W, 3); the label a class, or in a multi-label
-        source a list of classes; the key a name by which a person finds the image.
-
-        Raises:
-            RuntimeError: the storage failed, several times over.
-        """
-        ...
-
-
 SOURCES: dict[str, type[Source]] = {"digits": Digits, "synthetic": Synthetic, "folder": Folder}
+
+
+OWN_KEYS = (
+    "path", "index_dir", "classes", "label_key", "image_key", "split", "num_images", "num_classes", "image_size",
+)  # fmt: skip
+"""Keys of a SourceSection that only some sources read."""
 
 
 def build_source(section: SourceSection, role: Role) -> Source:
@@ -55,7 +33,7 @@ def build_source(section: SourceSection, role: Role) -> Source:
         UserError: a key that this source does not read, or what the source itself finds amiss.
     """
     source = SOURCES[section.source]
-    for name in ("path", "split", "num_images", "num_classes", "image_size"):
+    for name in OWN_KEYS:
         if getattr(section, name) is not None and name not in source.keys:
             raise UserError(
                 f"vitds.data.{role}.{name}: source {section.source!r} does not read it; "
@@ -88,12 +66,12 @@ def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Sourc
 
 def check_classes(source: Source, num_classes: int, role: Role) -> None:
     """Refuses a source with more classes than the model."""
-    if source.num_classes > num_classes:
+    if len(source.class_names) > num_classes:
         raise UserError(
-            f"vitds.data.{role}: {source.num_classes} classes ({_some(source.class_names)}), "
+            f"vitds.data.{role}: {len(source.class_names)} classes ({_some(source.class_names)}), "
             f"but vitds.model.num_classes is {num_classes}"
         )
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
