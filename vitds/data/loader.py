@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import signal
@@ -16,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from vitds import dist
+from vitds.data.bad_samples import BadSample, BadSamples
 from vitds.data.batch import Batch
 from vitds.data.order import build_order
-from vitds.data.samples import BadSample, EvalBatches, Images, Prepared, TrainBatches, too_many_bad
+from vitds.data.samples import EvalBatches, Images, Prepared, TrainBatches
 from vitds.data.section import DataSection, SourceSection
 from vitds.data.skips import merged
 from vitds.data.source import Source
@@ -64,7 +64,7 @@ class TrainLoader:
         )
         self._feed = _Feed(self._batches, itertools.count(), section)
         self._delivered = 0
-        self._bad = _BadSamples("train", section.max_bad_samples)
+        self._bad = BadSamples("train", section.max_bad_samples)
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, since the loader was made."""
 
@@ -100,12 +100,12 @@ class TrainLoader:
 
         Raises:
             UserError: more undecodable images than allowed, or images the model cannot take.
-            RuntimeError: the storage failed, several times over.
+            StorageError: the storage failed, several times over.
         """
         start = time.perf_counter()
         prepared = next(self._feed)
         self.wait_seconds += time.perf_counter() - start
-        batch = self._bad.checked(prepared)
+        batch = _checked(prepared, self._bad)
         self._delivered += 1
         return batch
 
@@ -134,7 +134,7 @@ class EvalLoader:
         images = _images(source, section, section.eval, "eval", image_size, num_classes)
         self._section = section
         self._batches = EvalBatches(images, batch=batch, rank=rank, world_size=world_size)
-        self._bad = _BadSamples("eval", section.max_bad_samples)
+        self._bad = BadSamples("eval", section.max_bad_samples)
 
     @property
     def bad_samples(self) -> list[BadSample]:
@@ -152,7 +152,7 @@ class EvalLoader:
         feed = _Feed(self._batches, range(len(self)), self._section)
         try:
             for prepared in feed:
-                yield self._bad.checked(prepared)
+                yield _checked(prepared, self._bad)
         finally:
             feed.close()
 
@@ -197,37 +197,15 @@ class _Feed:
             self._items._shutdown_workers()  # type: ignore[attr-defined]
 
 
-class _BadSamples:
-    """The undecodable images of one loader, each counted once however often it is met."""
-
-    def __init__(self, role: Role, cap: int) -> None:
-        self.role: Role = role
-        self.cap = cap
-        self.found: list[BadSample] = []
-        self._keys: set[str] = set()
-        self._told = 0
-
-    def untold(self) -> list[dict[str, Any]]:
-        """What all ranks have found since the last call. Collective."""
-        mine = [dataclasses.asdict(bad) for bad in self.found[self._told :]]
-        self._told = len(self.found)
-        return [bad for found in dist.all_objects(mine) for bad in found]
-
-    def checked(self, prepared: Prepared) -> Batch:
-        """The batch, after its bad samples have been added up and found within the cap."""
-        for bad in prepared.bad_samples:
-            if bad.key not in self._keys:
-                self._keys.add(bad.key)
-                self.found.append(bad)
-        error = prepared.error
-        if error is None and len(self.found) > self.cap:
-            error = UserError(too_many_bad(self.found, self.cap, self.role))
-        if isinstance(error, UserError):
-            error.agreed = False  # the other ranks' images may be fine
-        if error is not None:
-            raise error
-        assert prepared.batch is not None
-        return prepared.batch
+def _checked(prepared: Prepared, bad: BadSamples) -> Batch:
+    """The batch, after its bad samples have been added up and found within the cap."""
+    bad.add(prepared.bad_samples)
+    if isinstance(prepared.error, UserError):
+        prepared.error.agreed = False  # the other ranks' images may be fine
+    if prepared.error is not None:
+        raise prepared.error
+    assert prepared.batch is not None
+    return prepared.batch
 
 
 def _images(

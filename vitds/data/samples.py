@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from vitds.data.bad_samples import BadSample, too_many_bad
 from vitds.data.batch import Batch
 from vitds.data.images import Unusable, decode
 from vitds.data.order import Order
@@ -16,17 +17,9 @@ from vitds.data.randomness import augmentation_rng, mixup_rng
 from vitds.data.skips import batch_start
 from vitds.data.source import Label, Sample, Source
 from vitds.data.sources import Role
+from vitds.data.storage import StorageError
 from vitds.data.transforms import Transform
 from vitds.errors import UserError
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """An image that could not be used, and the position (or evaluation index) at which it was met."""
-
-    key: str
-    reason: str
-    position: int
 
 
 @dataclass
@@ -35,8 +28,8 @@ class Prepared:
 
     batch: Batch | None = None
     bad_samples: list[BadSample] = field(default_factory=list)
-    error: UserError | None = None
-    """A worker's UserError travels as a value: raised there, it would arrive wrapped in a traceback."""
+    error: UserError | StorageError | None = None
+    """What the user can mend travels from a worker as a value: raised there, it would arrive wrapped in a traceback."""
 
     def pin_memory(self) -> Prepared:
         """With the batch in page-locked memory; torch's DataLoader calls this on what its workers send."""
@@ -149,7 +142,7 @@ class TrainBatches(Dataset[Prepared]):
         try:
             positions = self.positions(number)
             images, labels = (self._mixed if self.mixup else self._plain)(positions, bad_samples)
-        except UserError as error:
+        except (UserError, StorageError) as error:
             return Prepared(bad_samples=bad_samples, error=error)
         return Prepared(
             Batch(images, labels, list(positions), torch.ones(len(positions), dtype=torch.bool)), bad_samples
@@ -235,7 +228,7 @@ class EvalBatches(Dataset[Prepared]):
                 else:
                     pictures[i], labels[i] = loaded
                     is_real[i] = True
-        except UserError as error:
+        except (UserError, StorageError) as error:
             return Prepared(bad_samples=bad_samples, error=error)
         positions = [*indices, *[-1] * (self.batch - len(indices))]
         batch = Batch(torch.from_numpy(self.images.stack(pictures)), self.images.labels(labels), positions, is_real)
@@ -246,11 +239,3 @@ def mixup_weight(seed: int, step: int, p: float) -> float:
     """max(a, 1 − a) in [½, 1] for the step's a ~ Beta(p, p)."""
     a = mixup_rng(seed, step).beta(p, p)
     return max(a, 1 - a)
-
-
-def too_many_bad(bad_samples: Sequence[BadSample], cap: int, role: Role) -> str:
-    """The message when more images cannot be decoded than the run file allows."""
-    distinct = list({bad.key: bad for bad in bad_samples}.values())
-    listed = "; ".join(f"{bad.key} ({bad.reason})" for bad in distinct[:3]) + ("; …" if len(distinct) > 3 else "")
-    count = f"all {len(distinct)} images" if len(distinct) <= cap else f"{len(distinct)} images"
-    return f"vitds.data.{role}: {count} cannot be decoded (vitds.data.max_bad_samples is {cap}): {listed}"
