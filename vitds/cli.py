@@ -16,6 +16,7 @@ from vitds.cluster import schedulers
 from vitds.cluster.doctor import verb as doctor
 from vitds.cluster.supervise import supervisor
 from vitds.config import RunFile, VitdsSection, load_run_file, prepare
+from vitds.data_verbs import verbs as data_verbs
 from vitds.errors import UserError
 from vitds.metrics import MonitorSections
 from vitds.planning import verbs as planning_verbs
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     for room in (supervisor, schedulers, doctor, planning_verbs):
         room.add_verb(verbs)
     checkpoint_verbs.add_verbs(verbs)
+    data_verbs.add_verbs(verbs)
     options = parser.parse_args(arguments)
     if options.verb != "run":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vitds … | head` ends quietly
@@ -72,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.verb == "checkpoint":
             return checkpoint_verbs.run(options)
+        if options.verb == "data":
+            return data_verbs.run(options, load_run_file)
         if options.verb == "run":
             return supervisor.run(options)
         if options.verb == "hostfile":

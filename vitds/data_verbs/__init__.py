@@ -1,0 +1,1 @@
+"""`vitds data …`: making, indexing, measuring and cleaning sets of images. No training run needs this room."""

@@ -1,0 +1,33 @@
+"""`vitds data index | bench | pack | stats | dedup`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vitds.data_verbs import bench, dedup, index, pack, stats
+
+VERBS = {"index": index, "bench": bench, "pack": pack, "stats": stats, "dedup": dedup}
+"""Each has a first line of its docstring that says what it does, `add_arguments(parser)` and `run(options, load)`."""
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add `data` and what may follow it to the parser's verbs."""
+    data = verbs.add_parser("data", help="make, index, measure and clean sets of images")
+    actions = data.add_subparsers(dest="action", required=True)
+    for name, module in VERBS.items():
+        summary = (module.__doc__ or "").splitlines()[0].partition(": ")[2].rstrip(".")
+        module.add_arguments(actions.add_parser(name, help=summary, description=summary))
+
+
+def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
+    """Do what `add_verbs` has parsed; the exit code.
+
+    Args:
+        load: vitds.config.load_run_file, which lives on a higher floor.
+
+    Raises:
+        UserError: arguments, a run file or images that cannot be used as they are.
+    """
+    return VERBS[options.action].run(options, load)
