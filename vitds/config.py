@@ -142,12 +142,13 @@ class RunFile:
         return Lengths(total, max(1, log), evaluate, diagnose, save, schedule)
 
 
-def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: int = 1) -> RunFile:
+def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: int | None = 1) -> RunFile:
     """Read, override, check and resolve a run file for a world size.
 
     Args:
         path: the JSON file.
         overrides: "a.b.c=value" strings; the value is JSON, else a string.
+        world_size: ranks that are to train it; None where it is only looked at, whatever number it is meant for.
 
     Raises:
         UserError: anything wrong, with the file's name in front.
@@ -227,7 +228,7 @@ def _divisors(number: int, most: int = 12) -> str:
     return ", ".join(map(str, every[-most:]))
 
 
-def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
+def _resolve(path: str, given: dict[str, Any], world_size: int | None) -> RunFile:
     given = copy.deepcopy(given)
     for place, value in walk(given):
         if value == "auto" and not place.startswith("_about"):
@@ -239,7 +240,10 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
         except ImportError as error:
             raise UserError(f"vitds.plugins: {module!r} cannot be imported: {error}") from None
     section = parse(VitdsSection, ours, "vitds")
-    check_world_size(section.cluster, world_size)
+    if world_size is None:
+        world_size = _fixed_world_size(given)
+    else:
+        check_world_size(section.cluster, world_size)
 
     deepspeed = {word: value for word, value in given.items() if word not in OURS}
     optimizer = deepspeed.pop("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER))
@@ -284,6 +288,13 @@ def _resolve(path: str, given: dict[str, Any], world_size: int) -> RunFile:
     return RunFile(
         deepspeed, optimizer, rates, scheduler, monitors, section, global_batch, micro, accumulation, resolved
     )
+
+
+def _fixed_world_size(given: dict[str, Any]) -> int:
+    """The number of ranks that the batch sizes fix where all three are given; otherwise they allow 1."""
+    words = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    sizes = [size for word in words if isinstance(size := given.get(word), int) and size > 0]
+    return max(1, sizes[0] // (sizes[1] * sizes[2])) if len(sizes) == 3 else 1
 
 
 def _resolve_accumulation_dtype(deepspeed: dict[str, Any]) -> None:

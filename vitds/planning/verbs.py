@@ -6,18 +6,15 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitds.cluster.section import ClusterSection
-from vitds.json_files import finite, override, read_object
+from vitds.json_files import finite
 from vitds.models import ViTForImageClassification, build_config, flops_per_image
 from vitds.optim.groups import build_groups
 from vitds.planning.job import Job, Traffic
 from vitds.planning.scaling import HYBRID, Batches, Forecast, Machine, forecast, own_label, traffic, variants, why_not
-from vitds.sections import parse
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = (1, 2, 3)
@@ -88,17 +85,7 @@ def read(path: str, overrides: Sequence[str], load: Callable[..., Any]) -> tuple
     Raises:
         UserError: as `load`.
     """
-    given = read_object(Path(path))
-    for text in overrides:
-        override(given, text)
-    ours = given.get("vitds", {})
-    bounds = parse(ClusterSection, ours.get("cluster", {}) if isinstance(ours, dict) else {}, "vitds.cluster")
-    # The file is looked at for its own sake, not to start it: on a number of ranks that its batch sizes may fix.
-    words = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    sizes = [size for word in words if isinstance(size := given.get(word), int) and size > 0]
-    ranks = sizes[0] // (sizes[1] * sizes[2]) if len(sizes) == 3 else 1
-    anywhere = [*overrides, "vitds.cluster.min_gpus=1", "vitds.cluster.max_gpus=null"]
-    run_file = load(path, anywhere, world_size=max(1, ranks))
+    run_file = load(path, overrides, world_size=None)
     part = run_file.vitds
     with torch.device("meta"):
         model = ViTForImageClassification(build_config(part.model))
@@ -109,7 +96,7 @@ def read(path: str, overrides: Sequence[str], load: Callable[..., Any]) -> tuple
         model.shapes, model.factored_views(), names, run_file.deepspeed, run_file.optimizer,
         part.train.activation_checkpointing,
     )  # fmt: skip
-    batches = Batches(run_file.global_batch, run_file.micro_batch, bounds.min_gpus or 1, bounds.max_gpus)
+    batches = Batches(run_file.global_batch, run_file.micro_batch, part.cluster.min_gpus or 1, part.cluster.max_gpus)
     return job, batches, flops_per_image(model.config)
 
 
