@@ -1,104 +1,134 @@
-"""Which image stands at which position of the training stream: a pure function with no stored permutation.
+"""Which image stands at which position of the training stream: a pure function of (seed, position), nothing stored.
 
-Position p lies in epoch p // num_images, and every epoch is its own permutation of the images, keyed by (seed, epoch).
-The permutation is an alternating Feistel network on the smallest power of two that holds num_images, walked along its
-cycle until the value is again a valid index (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-The domain is less than twice num_images, so a walk takes fewer than two rounds of the network on average.
+Position p lies in epoch p // num_images, and every epoch is a permutation of all images of its own.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from vitds.data.permutation import all_permuted, permuted
+
 if TYPE_CHECKING:
     from vitds.data.section import OrderSection
-
-Word = TypeVar("Word", int, np.ndarray)
-ROUNDS = 8
-WORD_MASK = (1 << 64) - 1
 
 
 class Order(Protocol):
     """Which image stands at which position; a value, handed to worker processes."""
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Indices in [0, num_images), int64 (P,), of the images at `positions` ≥ 0, (P,)."""
-
-
-@dataclass(frozen=True)
-class FullOrder:
-    """A random permutation of all images, another one each epoch."""
-
-    seed: int
-    num_images: int
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        return orders(self.seed, positions, self.num_images)
+        """Indices in [0, num_images), int64 (P,), of the images at `positions` in [0, 2**62], int64 (P,)."""
 
 
 def build_order(section: OrderSection, seed: int, num_images: int) -> Order:
     """The order that the run file asks for, over `num_images` ≥ 1."""
     assert num_images > 0, num_images
-    if section.kind == "windowed":
-        raise NotImplementedError
-    return FullOrder(seed, num_images)
+    if section.kind == "full":
+        return FullOrder(seed, num_images)
+    return WindowedOrder(seed, num_images, section.run_images, section.block_images, section.window_blocks)
+
+
+@dataclass(frozen=True)
+class FullOrder:
+    """Any image may follow any other."""
+
+    seed: int
+    num_images: int
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        indices, epochs = _within_epochs(positions, self.num_images)
+        for epoch, here in _groups(epochs):
+            indices[here] = all_permuted(_full_name(self.seed, epoch), indices[here], self.num_images)
+        return indices
+
+
+@dataclass(frozen=True)
+class WindowedOrder:
+    """Neighbours in storage are visited close together, and mixed with images from anywhere.
+
+    The images as they lie in storage are cut into runs of `run_images`, and the runs into blocks of `block_images`. Each
+    epoch puts the blocks into another order, gathers up to `window_blocks` that follow each other in it into a window,
+    and mixes the runs of each window; a run's images come one after another. So a window reads from that many places,
+    each a block long, in pieces of a run.
+
+    The cuts fall elsewhere each epoch: storage is taken as a ring, and its beginning moved to an image drawn at random.
+    It is this that allows a closed form without unfairness: the last block and the last run, which may be short, keep
+    their places at the end of the epoch, but which images they hold is random. Windows of an epoch differ by at most one
+    block, else the last could be of few images and hardly mixed.
+    """
+
+    seed: int
+    num_images: int
+    run_images: int
+    block_images: int
+    window_blocks: int
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        indices, epochs = _within_epochs(positions, self.num_images)
+        for epoch, here in _groups(epochs):
+            indices[here] = self._of_epoch(epoch, indices[here])
+        return indices
+
+    def _of_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Indices of the images that come at these places in [0, num_images) of an epoch."""
+        name = f"{self.seed}/{epoch}"
+        runs_of_block = self.block_images // self.run_images
+        whole_blocks = self.num_images // self.block_images
+        runs, within_run = np.divmod(places, self.run_images)
+        for window, here in _groups(self._windows(runs // runs_of_block)):
+            start, end = (edge * runs_of_block for edge in self._blocks_of(window))
+            whole_runs = min(end, self.num_images // self.run_images) - start  # the short run, if any, is the very last
+            mine = here[runs[here] - start < whole_runs]
+            runs[mine] = start + all_permuted(f"runs/{name}/{window}", runs[mine] - start, whole_runs)
+        blocks, within_block = np.divmod(runs, runs_of_block)
+        whole = np.flatnonzero(blocks < whole_blocks)
+        blocks[whole] = all_permuted(f"blocks/{name}", blocks[whole], whole_blocks)
+        stored = blocks * self.block_images + within_block * self.run_images + within_run
+        return (stored + _draw(f"rotation/{name}", self.num_images)) % self.num_images
+
+    def _windows(self, blocks: np.ndarray) -> np.ndarray:
+        """The window to which each of these blocks, counted in the epoch's order, belongs."""
+        size, longer = self._window_sizes()
+        return np.where(blocks < longer * (size + 1), blocks // (size + 1), (blocks - longer) // size)
+
+    def _blocks_of(self, window: int) -> tuple[int, int]:
+        """[start, end) of the blocks of a window, counted in the epoch's order."""
+        size, longer = self._window_sizes()
+        return window * size + min(window, longer), (window + 1) * size + min(window + 1, longer)
+
+    def _window_sizes(self) -> tuple[int, int]:
+        """(n, m): windows hold n blocks each, the first m of them one more."""
+        blocks = -(-self.num_images // self.block_images)
+        return divmod(blocks, -(-blocks // self.window_blocks))
 
 
 def order(seed: int, position: int, num_images: int) -> int:
-    """Index in [0, num_images) of the image at `position` ≥ 0 of the stream; O(1) time and memory.
-
-    Over the positions of one epoch, [e·num_images, (e+1)·num_images), every index occurs exactly once.
-    """
-    assert min(num_images - 1, position) >= 0, (num_images, position)
-    epoch, index = divmod(position, num_images)
-    keys, bits = _round_keys(seed, epoch), (num_images - 1).bit_length()
-    index = _permute(index, keys, bits)
-    while index >= num_images:
-        index = _permute(index, keys, bits)
-    return index
+    """The index that `FullOrder` gives for one position, by Python's whole numbers."""
+    epoch, place = divmod(position, num_images)
+    return permuted(_full_name(seed, epoch), place, num_images)
 
 
-def orders(seed: int, positions: np.ndarray, num_images: int) -> np.ndarray:
-    """`order` for an array of positions (P,), as int64 (P,)."""
-    assert num_images > 0, num_images
-    positions = np.asarray(positions, dtype=np.int64)
-    bits = (num_images - 1).bit_length()
-    epochs = positions // num_images
-    indices = (positions - epochs * num_images).astype(np.uint64)
-    for epoch in np.unique(epochs):
-        keys = _round_keys(seed, int(epoch))
-        here = np.flatnonzero(epochs == epoch)
-        while here.size:
-            indices[here] = _permute(indices[here], keys, bits)
-            here = here[indices[here] >= num_images]
-    return indices.astype(np.int64)
+def _full_name(seed: int, epoch: int) -> str:
+    return f"order/{seed}/{epoch}"
 
 
-@functools.lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
-    return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS))
+def _within_epochs(positions: np.ndarray, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where in its epoch each position lies, and which epoch that is."""
+    epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_images)
+    return places, epochs
 
 
-def _permute(index: Word, keys: tuple[int, ...], bits: int) -> Word:
-    """A bijection of [0, 2**bits): one half of the bits is masked with a keyed hash of the other, in turn."""
-    low_bits = bits // 2
-    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
-    low, high = index & low_mask, index >> low_bits
-    for i in range(0, ROUNDS, 2):
-        high = high ^ (_hash(low, keys[i]) & high_mask)
-        low = low ^ (_hash(high, keys[i + 1]) & low_mask)
-    return (high << low_bits) | low
+def _groups(numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each number that occurs in (P,), with where it does."""
+    for number in np.unique(numbers).tolist():
+        yield number, np.flatnonzero(numbers == number)
 
 
-def _hash(word: Word, key: int) -> Word:
-    """64 well-mixed bits of (word, key): two multiply-and-xorshift steps with the constants of SplitMix64."""
-    word = word ^ key
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & WORD_MASK
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & WORD_MASK
-    return word ^ (word >> 31)
+def _draw(name: str, size: int) -> int:
+    """A number in [0, size), pseudo-random by its name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little") % size
