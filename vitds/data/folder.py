@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -45,8 +47,23 @@ class Folder(Source):
         return len(self.labels)
 
     def key(self, index: int) -> str:
-        name = os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]])
-        return f"{self.class_names[self.labels[index]]}/{name}"
+        return f"{self.class_names[self.labels[index]]}/{self._name(index)}"
+
+    def _name(self, index: int) -> str:
+        return os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]])
+
+    def find(self, keys: Iterable[str]) -> dict[str, int]:
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        ends = np.searchsorted(self.labels, np.arange(len(self.class_names) + 1))
+        found = {}
+        for key in set(keys):
+            class_name, _, name = key.partition("/")
+            if (label := label_of.get(class_name)) is not None:
+                end = int(ends[label + 1])
+                index = bisect.bisect_left(range(end), name, lo=int(ends[label]), key=self._name)
+                if index < end and self._name(index) == name:
+                    found[key] = index
+        return found
 
     def read(self, index: int) -> Sample:
         key = self.key(index)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from vitds.data.digits import Digits
+from vitds.data.exclusion import leave_out
 from vitds.data.folder import Folder
 from vitds.data.source import Source
 from vitds.data.synthetic import Synthetic
@@ -27,10 +28,11 @@ OWN_KEYS = (
 
 
 def build_source(section: SourceSection, role: Role) -> Source:
-    """The source of a section, for training or for evaluation.
+    """The source of a section, for training or for evaluation, without the images that it excludes.
 
     Raises:
-        UserError: a key that this source does not read, or what the source itself finds amiss.
+        UserError: a key that this source does not read, what the source itself finds amiss, or a list of images to
+            exclude that is not of this source.
     """
     source = SOURCES[section.source]
     for name in OWN_KEYS:
@@ -39,7 +41,8 @@ def build_source(section: SourceSection, role: Role) -> Source:
                 f"vitds.data.{role}.{name}: source {section.source!r} does not read it; "
                 f"it reads {', '.join(source.keys) or 'no further keys'}"
             )
-    return source(section, role)  # type: ignore[call-arg]
+    built: Source = source(section, role)  # type: ignore[call-arg]
+    return built if section.exclude is None else leave_out(built, section.exclude, f"vitds.data.{role}.exclude")
 
 
 def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Source | None]:
