@@ -3,6 +3,7 @@
 deepspeed launcher/train.py --config ds_configs/digits.json --output-dir runs/digits [--set vitds.train.seed=1]"""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from vitds.cli import training_arguments
 from vitds.cluster.preflight import preflight
 from vitds.cluster.watch import Stragglers, Watch
 from vitds.config import Plan, RunFile, load_run_file, prepare
-from vitds.data import Batch, EvalLoader, TrainLoader, to_model_range
+from vitds.data import BadSamples, Batch, EvalLoader, TooManyBad, TrainLoader, to_model_range
 from vitds.errors import Preempted, Stopped
 from vitds.evaluation import evaluate_each
 from vitds.guard import Guard
@@ -37,8 +38,8 @@ def main() -> None:
             with Watch(run.vitds.cluster, options.output_dir) as watch:
                 init_distributed()
                 with dist.together(lambda: RunDirectory(options.output_dir)) as directory:
-                    dist.together(lambda: directory.refuse_other_run(run.resolved))
-                    preflight(directory.path, run.resolved)
+                    dist.together(lambda: directory.refuse_other_run(run.resolved, plan.images))
+                    preflight(directory.path, run.resolved, plan.images)
                     with watch.introduce(directory.incident):
                         train(run, directory, plan, interruption, watch)
         except BaseException as error:
@@ -56,8 +57,9 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
         model.compile_blocks()
     state = RunState(engine, model, schedule, run.resolved, plan.processor, directory, part.checkpoint, part.ema)
     state.during = watch.during
-    shared = {"image_size": config.image_size, "num_classes": config.num_classes}
-    shared |= {"rank": dist.rank(), "world_size": dist.world_size()}
+    bad = BadSamples(part.data.max_bad_samples, directory)
+    shared: dict[str, Any] = {"image_size": config.image_size, "num_classes": config.num_classes}
+    shared |= {"rank": dist.rank(), "world_size": dist.world_size(), "bad": bad}
     stream = {"seed": part.train.seed, "global_batch": run.global_batch, "micro_batch": run.micro_batch, **shared}
 
     def go_on() -> tuple[Progress, TrainLoader, Guard, str]:
@@ -67,8 +69,8 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
         return progress, loader, guard, origin
 
     progress, loader, guard, origin = go_on()
-    edge = partial(state.edge, interruption, lambda: watch.beat(progress.step))  # where nothing is half done
-    dist.together(lambda: directory.write_config(run.resolved))
+    edge = partial(state.edge, interruption, bad, lambda: watch.beat(progress.step))  # where nothing is half done
+    dist.together(lambda: directory.write_config(run.resolved, plan.images))
     logged = (directory, run.monitors, total, run.global_batch, progress.step, run.resolved)
     recorder = dist.together(lambda: Recorder(*logged))
     held_out = EvalLoader(eval_source, part.data, batch=run.micro_batch, **shared) if eval_source else None
@@ -85,8 +87,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                     with watch.during("evaluation"):
                         progress.evaluation = evaluate_each(engine, held_out, config.loss, edge, state.evaluated())
                     progress.evaluated = progress.step
-                    recorder.record(progress.step, progress.evaluation)
-                    directory.bad_samples(held_out.newly_bad())
+                    recorder.record(progress.step, progress.evaluation | bad.row("eval"))
                 if every.due(every.save, progress.step):
                     state.save(progress, safe=guard.reach(progress, run.global_batch))
             if progress.step == total:
@@ -97,9 +98,9 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                 while len(batches) < run.accumulation:
                     if batches:
                         engine.step()  # nothing is updated inside an accumulation
-                    edge()
                     with speed.waiting(), slow.data:
                         batches.append(next(loader))
+                    edge()
                     recorder.first_batch(batches[0].images)
                     images = to_model_range(batches[-1].images, engine.device)
                     with slow.forward:
@@ -129,16 +130,15 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
             compared = slow.compare(progress.step, directory.event)
             if every.due(every.log, progress.step) or norms or compared:
                 row = {"train/loss": mean_loss, "train/lr": rate, "train/grad_norm": engine.gradient_norm}
-                row |= {"train/images_seen": progress.images_seen, **speed.row(), **block_norms(norms), **compared}
-                recorder.record(progress.step, row)
-                directory.bad_samples(loader.newly_bad())
+                row |= {"train/images_seen": progress.images_seen, **bad.row("train"), **speed.row()}
+                recorder.record(progress.step, row | block_norms(norms) | compared)
         state.finish(progress)
         directory.finished(total, progress.evaluation)
         recorder.say(f"this run is complete: {total} steps\n{closing_lines(directory, run.monitors)}")
     except Preempted as reason:
         raise state.preempted(progress, reason) from reason
-    except Stopped:
-        state.commit()  # what was being written is worth having
+    except (Stopped, TooManyBad) as error:
+        state.stopped(progress, error)
         raise
     finally:
         recorder.close()

@@ -70,7 +70,7 @@ def test_a_mount_that_goes_away_and_comes_back(disk, below, capsys, monkeypatch)
     run = mounted / below
     save = run / "checkpoints" / "step-000000001.tmp"
     with RunDirectory(run) as directory:
-        directory.write_config({"train_batch_size": 8})
+        directory.write_config({"train_batch_size": 8}, {})
         recorder = Recorder(run, MonitorSections(), 10, 64, stream=io.StringIO())
         make_directory(save, 0)
         subprocess.run(["umount", "-l", mounted], check=True)
@@ -104,7 +104,7 @@ def test_a_disk_that_is_read_only_at_the_end(disk, error, capsys):
     place, _ = disk
     with pytest.raises(RuntimeError, match="the reason") if error else nullcontext():
         with RunDirectory(place) as directory:
-            directory.write_config({"train_batch_size": 8})
+            directory.write_config({"train_batch_size": 8}, {})
             directory.outcome("running", None, 0)
             mount("-o", "remount,ro", place)
             if error:
@@ -137,7 +137,7 @@ def test_a_range_that_is_no_whole_batch_is_refused_by_name(tmp_path):
     with RunDirectory(tmp_path) as directory:
         (tmp_path / "skips.json").write_text(text)
         assert directory.skips == [(0, 16), (24, 28)], "no batch is known yet"
-        directory.write_config({"train_batch_size": 8})
+        directory.write_config({"train_batch_size": 8}, {})
         message = rf"^{tmp_path / 'skips.json'}: skips\[1\]: expected whole batches of 8 \(train_batch_size\)"
         with pytest.raises(UserError, match=message):
             _ = directory.skips
@@ -158,9 +158,9 @@ def test_events_and_outcome_on_a_full_disk_are_lost_and_said_once(tmp_path, caps
             for _ in range(3):
                 directory.event("save")
                 directory.outcome("finished", 0, 5)
-            directory.bad_samples([])
+            directory.add_bad_samples([{"role": "train", "key": "a/1.png", "reason": "torn", "position": 7}])
         said = capsys.readouterr().err.splitlines()
-        assert len(said) == 2
+        assert len(said) == 3
         assert all(line.startswith(f"vitds: {tmp_path}") and line.endswith("; going on") for line in said)
         assert json.loads((tmp_path / "outcome.json").read_text())["state"] == "running"
         directory.event("preempt")
@@ -240,7 +240,7 @@ def test_other_errors_pass():
 def test_what_the_run_rests_on_is_not_lost_silently(tmp_path):
     with RunDirectory(tmp_path) as directory:
         with full_disk(), pytest.raises(OSError, match="too large"):
-            directory.write_config({"train_batch_size": 8})
+            directory.write_config({"train_batch_size": 8}, {})
         assert directory.stored_config() is None
         directory.add_skip(0, 16, loss=7.5)
         with full_disk(), pytest.raises(Stopped, match=r"skips.json cannot be written, so there is no rollback"):

@@ -267,7 +267,7 @@ def run(name, body):
     path = Path(root, name)
     try:
         with dist.together(lambda: RunDirectory(path)) as directory:
-            dist.together(lambda: directory.write_config({"train_batch_size": 8}))
+            dist.together(lambda: directory.write_config({"train_batch_size": 8}, {}))
             dist.barrier()
             body(path, directory)
         end = None
@@ -304,7 +304,7 @@ def alone(path, directory):
 def full(path, directory):
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))
-    dist.together(lambda: directory.write_config({"train_batch_size": 8}))
+    dist.together(lambda: directory.write_config({"train_batch_size": 8}, {}))
 
 for body in (taken, given_back, alone, full):
     run(body.__name__, body)
@@ -333,7 +333,7 @@ def test_two_ranks_of_one_job(tmp_path: Path) -> None:
 def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with RunDirectory(tmp_path / "run") as run:
-        run.write_config(RUN)
+        run.write_config(RUN, {})
         run.event("start")
         run.outcome("finished", 0, 100)
     assert not (tmp_path / "run").exists()
@@ -366,10 +366,10 @@ def test_a_path_that_cannot_be_written() -> None:
 )
 def test_another_run_is_refused(tmp_path: Path, key: str, value: Any, line: str) -> None:
     run = RunDirectory(tmp_path)
-    run.write_config(RUN)
+    run.write_config(RUN, {})
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError) as raised:
-        RunDirectory(tmp_path).write_config(set_at(RUN, key, value))
+        RunDirectory(tmp_path).write_config(set_at(RUN, key, value), {})
     assert line in str(raised.value)
     assert str(raised.value).count("→") == 2, "the heading's, and the one difference"
     assert (tmp_path / "config.json").read_bytes() == before
@@ -378,7 +378,7 @@ def test_another_run_is_refused(tmp_path: Path, key: str, value: Any, line: str)
 def test_what_may_change_is_kept_and_told(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.stored_config() is None
-    run.write_config(RUN)
+    run.write_config(RUN, {})
     changed = RUN
     for key, value in {
         "train_micro_batch_size_per_gpu": 4,
@@ -389,8 +389,8 @@ def test_what_may_change_is_kept_and_told(tmp_path: Path) -> None:
         "vitds.checkpoint.every_steps": 5,
     }.items():
         changed = set_at(changed, key, value)
-    run.write_config(changed)
-    run.write_config(changed)
+    run.write_config(changed, {})
+    run.write_config(changed, {})
     assert run.stored_config() == changed
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events] == ["config"]
@@ -401,11 +401,11 @@ def test_what_may_change_is_kept_and_told(tmp_path: Path) -> None:
 def test_directories_that_are_no_run_s(tmp_path: Path) -> None:
     (tmp_path / "orphans/checkpoints/step-000000010").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
-        RunDirectory(tmp_path / "orphans").write_config(RUN)
+        RunDirectory(tmp_path / "orphans").write_config(RUN, {})
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"a": 1,\n')
     with pytest.raises(UserError, match=r"config.json cannot be read: .*line 2"):
-        RunDirectory(tmp_path / "broken").write_config(RUN)
+        RunDirectory(tmp_path / "broken").write_config(RUN, {})
     assert (tmp_path / "broken/config.json").read_text() == '{"a": 1,\n'
 
 
@@ -448,7 +448,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 def broken(run: RunDirectory, error: Exception, checkpoint: str = "") -> None:
     """A run that leaves a directory of that name and ends with `error`."""
     with run:
-        run.write_config({})
+        run.write_config({}, {})
         (run.checkpoints / checkpoint).mkdir(parents=True)
         if isinstance(error, Preempted):
             run.preempted(3, "SIGTERM")
@@ -487,7 +487,7 @@ def ended(run: RunDirectory, trouble: Callable[[], Any]) -> BaseException:
 
     def end() -> None:
         with run:
-            run.write_config(RUN)
+            run.write_config(RUN, {})
             trouble()
             raise error
 

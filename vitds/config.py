@@ -16,7 +16,7 @@ import torch
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
 from vitds.cluster.section import ClusterSection, check_world_size
-from vitds.data import DataSection, Source, SourceSection, build_sources
+from vitds.data import DataSection, Source, SourceSection, build_sources, images_of
 from vitds.errors import UserError
 from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
@@ -173,6 +173,8 @@ class Plan(NamedTuple):
     """On the meta device: it has shapes and no values."""
     processor: VitdsImageProcessor
     """Prepares images as the evaluation does."""
+    images: dict[str, dict[str, Any]]
+    """By role, what tells these images from others."""
 
 
 def prepare(run: RunFile) -> Plan:
@@ -195,7 +197,7 @@ def prepare(run: RunFile) -> Plan:
     if part.guard.spike == "rollback" and lengths.save == 0:
         raise UserError("vitds.checkpoint.every_steps: 0 leaves a rollback (vitds.guard.spike) nothing to go back to")
     processor = VitdsImageProcessor(part.model.image_size, part.data.eval_edge(part.model.image_size))
-    return Plan(sources, lengths, groups, model, processor)
+    return Plan(sources, lengths, groups, model, processor, images_of(*sources))
 
 
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from vitds.json_files import finite
+from vitds.json_files import finite, read_object
+
+Images = Mapping[str, Mapping[str, Any]]
+"""By role, `images`, their number, and `digest`, which other images have not."""
 
 # Keys of the run file, each with everything below it. What is not listed here
 # (total steps, micro batch, ZeRO stage, precision, monitors, checkpoint cadence, world size) may change on the way.
@@ -28,6 +33,23 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _shown(value: Any) -> str:
     return "(not set)" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def other_images(stored: Path, images: Images) -> dict[str, str]:
+    """By role, how the images differ from those with which a run began.
+
+    Args:
+        stored: images.json of the run, where there is one.
+        images: of this start; roles that only one of the two has are passed over.
+    """
+    before = read_object(stored) if stored.exists() else {}
+    return {
+        role: f"{before[role].get('images')} images then, {ours['images']} now"
+        if before[role].get("images") != ours["images"]
+        else f"{ours['images']} images as before, but others, with other labels, or in another order"
+        for role, ours in images.items()
+        if before.get(role, ours) != ours
+    }
 
 
 def identity(run_file: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,25 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, none if there is no such file; lines that a crash tore are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 class Expendable:
     """Around a write that a run can do without: where the disk is full, read-only or gone it goes on.
 

@@ -1,4 +1,4 @@
-"""The directory of one run: its owner, its run file, its events and its outcome (docs/design.md §3.5, §3.8).
+"""The directory of one run: its owner, run file, images, events and outcome (docs/design.md §3.5, §3.8).
 
 Only rank 0 writes here; on other ranks every method that writes does nothing.
 """
@@ -6,10 +6,9 @@ Only rank 0 writes here; on other ranks every method that writes does nothing.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +16,8 @@ from typing import Any
 
 from vitds import dist
 from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
-from vitds.identity import differences, identity
-from vitds.json_files import Expendable, append_row, finite, read_object, say, write_json
+from vitds.identity import Images, differences, identity, other_images
+from vitds.json_files import Expendable, append_row, finite, read_object, read_rows, say, write_json
 from vitds.lease import Lease, Place
 
 OUTCOMES = ("running", "preempted", "finished", "failed")
@@ -37,7 +36,8 @@ class RunDirectory:
         self._ours = False
         self._lease = Lease(self.path / "lease.json")
         self._events, self._outcome = Expendable(self.path / "events.jsonl"), Expendable(self.path / "outcome.json")
-        self._skips = self.path / "skips.json"
+        self._skips, self._images = self.path / "skips.json", self.path / "images.json"
+        self._bad_samples = Expendable(self.path / "bad_samples.jsonl")
         self._place = Place(self.path)
         if not dist.is_main():
             return
@@ -115,11 +115,12 @@ class RunDirectory:
             raise UserError(f"{path} is not a run file: expected an object")
         return stored
 
-    def refuse_other_run(self, resolved: dict[str, Any]) -> None:
-        """What lives here, if anything does, must be the run of this resolved run file.
+    def refuse_other_run(self, resolved: dict[str, Any], images: Images) -> None:
+        """What lives here, if anything does, must be the run of this resolved run file, on these training images.
 
         Raises:
-            UserError: model, optimizer, groups, global batch or seed differ; shows each differing key, old → new.
+            UserError: model, optimizer, groups, global batch, seed or order differ: shows each differing key, old → new;
+                the training images differ.
         """
         stored = self.stored_config()
         if stored is None:
@@ -131,23 +132,33 @@ class RunDirectory:
                 + "\n  ".join(differing)
                 + "\nTake another --output-dir, or the run file of the run that is there."
             )
+        if other := other_images(self._images, images).get("train"):
+            raise UserError(
+                f"vitds.data.train: {self.path} holds a run on other training images: {other}. Bring the same files back, "
+                "or take another --output-dir, with vitds.init_from to go on from the weights that are there."
+            )
 
-    def write_config(self, resolved: dict[str, Any]) -> None:
-        """Keep the resolved run file as config.json; what has changed since the last start goes into events.jsonl.
+    def write_config(self, resolved: dict[str, Any], images: Images) -> None:
+        """Keep the resolved run file as config.json, and what tells its images from others as images.json; what has changed
+        since the last start goes into events.jsonl.
 
         Raises:
             UserError: another run lives here (`refuse_other_run`).
         """
-        self.refuse_other_run(resolved)
-        stored = self.stored_config()
+        self.refuse_other_run(resolved, images)
+        stored, others = self.stored_config(), other_images(self._images, images)
         self._ours = True
         if not dist.is_main():
             return
         changes = differences(stored, finite(resolved)) if stored is not None else []
         self.check_owner()
         write_json(self.path / "config.json", resolved)
+        write_json(self._images, images)
         if changes:
             self.event("config", changes=changes)
+        for role, other in others.items():
+            say(f"vitds: vitds.data.{role}: other images than at the last start: {other}")
+            self.event("images", role=role, difference=other)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: time (Unix, s), kind, fields. Lost where the disk has no room for it."""
@@ -157,6 +168,19 @@ class RunDirectory:
         with self._events:
             self._place.check()
             append_row(self.path / "events.jsonl", {"time": time.time(), "kind": kind, **fields})
+
+    def bad_samples(self) -> list[dict[str, Any]]:
+        """What `add_bad_samples` was given, by every start of this run. Collective."""
+        rows = dist.together(lambda: read_rows(self.path / "bad_samples.jsonl") if dist.is_main() else [])
+        return dist.broadcast_object(rows)  # type: ignore[no-any-return]
+
+    def add_bad_samples(self, found: Sequence[dict[str, Any]]) -> None:
+        """Append to bad_samples.jsonl, from whatever rank. Lost where the disk has no room for it."""
+        self.check_owner()
+        with self._bad_samples:
+            self._place.check()
+            for bad in found:
+                append_row(self.path / "bad_samples.jsonl", {"time": time.time(), **bad})
 
     @property
     def skips(self) -> list[tuple[int, int]]:
@@ -225,13 +249,6 @@ class RunDirectory:
         """All is saved, and the same command goes on."""
         self.event("preempt", step=step, reason=reason)
         self.outcome("preempted", EXIT_PREEMPTED, step)
-
-    def bad_samples(self, found: list[dict[str, Any]]) -> None:
-        """Name images that could not be decoded, in events.jsonl and on the console."""
-        for bad in found:
-            self.event("bad sample", **bad)
-            if dist.is_main():
-                print(f"vitds: bad sample {bad['key']}: {bad['reason']}", file=sys.stderr, flush=True)
 
     def fail(self, error: BaseException) -> None:
         """Add to an error where the run can go on from, and leave outcome.json saying that it failed."""

@@ -213,6 +213,7 @@ cases = {
     "run file": (lambda: None, there / "run", {"a": {"b": 1 + rank}, "c": [1, 2 + rank]}),
     "output": (lambda: None, there / "unshared", same),
     "data": (lambda: None, there / "run", reading(images)),
+    "images": (lambda: None, there / "run", same),
     "files": (few, there / "run", same),
     "vitds": (unlike, there / "run", same),
 }
@@ -221,7 +222,7 @@ for name, (prepare, output, resolved) in cases.items():
     group.barrier()
     started, said = time.monotonic(), None
     try:
-        preflight(output, resolved)
+        preflight(output, resolved, {"train": {"images": 9 + rank * (name == "images"), "digest": "ab"}})
     except UserError as error:
         said = str(error)
     print("said " + json.dumps([name, said, time.monotonic() - started]), flush=True)
@@ -244,13 +245,14 @@ def test_a_start_says_which_host_differs_in_what(doctor):
     said = [[json.loads(line[5:]) for line in text.splitlines() if line.startswith("said ")] for text in printed]
     messages = {name: message for name, message, _ in said[0]}
     assert messages == {name: message for name, message, _ in said[1]}, printed
-    assert len(messages) == 7, printed
+    assert len(messages) == 8, printed
     assert messages["same"] is None
     assert messages["again"] is None
     assert max(seconds for name, _, seconds in said[0] if name != "output") < 4
     assert "beta: the run file differs: a.b is 2, 1 on alpha; c[1] is 3, 2 on alpha" in messages["run file"]
     assert f"beta: --output-dir {unshared} is not what it is on alpha" in messages["output"]
     assert "vitds.data.train.path: 2 entries" in messages["data"] and "on beta" in messages["data"]
+    assert "rank 1 on beta: vitds.data.train holds 10 images, 9 images on alpha" in messages["images"]
     assert "beta: 250 open files are allowed; 2 ranks need 264" in messages["files"]
     assert f"(in {library / 'vitds'}) on beta" in messages["vitds"] and "rsync" in messages["vitds"]
     assert not [*doctor.output.iterdir(), *unshared.iterdir()]

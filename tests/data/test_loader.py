@@ -1,6 +1,5 @@
 """Loaders: one stream whatever the world, bad images, evaluations that cover every image once."""
 
-import itertools
 import math
 import multiprocessing
 import subprocess
@@ -218,24 +217,13 @@ def test_undecodable_images_are_replaced_by_the_next(damaged):
             assert order(5, bad.position, 20) in (3, 4, 11)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_undecodable_images_stop_the_run(damaged, workers):
-    section = DataSection(damaged, num_workers=workers, max_bad_samples=2)
-    loader = train_loader(build_source(damaged, "train"), section, global_batch=20, micro_batch=5)
-    message = r"^vitds.data.train: 3 images cannot be decoded \(vitds.data.max_bad_samples is 2\): ./\d\d.png [^\n]*$"
-    with pytest.raises(UserError, match=message) as raised:
-        list(itertools.islice(loader, 4))
-    assert not raised.value.agreed, "other ranks do not know it"
-    loader.close()
-
-
 def test_a_source_without_one_good_image_stops_the_run(tmp_path):
     (tmp_path / "a").mkdir()
     for index in range(3):
         (tmp_path / "a" / f"{index}.jpg").write_bytes(b"not found")
     section = SourceSection("folder", path=str(tmp_path))
     loader = train_loader(build_source(section, "train"), DataSection(section), global_batch=2, micro_batch=2)
-    with pytest.raises(UserError, match=r"all 3 images cannot be decoded .*a/\d.jpg"):
+    with pytest.raises(UserError, match=r"all 3 images cannot be used .*a/\d.jpg"):
         next(loader)
 
 

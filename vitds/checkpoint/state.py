@@ -18,6 +18,7 @@ from vitds.checkpoint.progress import Progress
 from vitds.checkpoint.retention import CheckpointSection, finish_deletions, prune, remove_leftovers
 from vitds.checkpoint.save import Saver
 from vitds.checkpoint.start import Start
+from vitds.data import BadSamples, TooManyBad
 from vitds.errors import Preempted, Stopped
 from vitds.guard import spoiled
 from vitds.interruption import Interruption
@@ -171,22 +172,33 @@ class RunState:
         self.directory.preempted(progress.step, str(reason))
         return Preempted(f"{reason}: saved at step {progress.step}")
 
-    def edge(self, interruption: Interruption, beat: Callable[[], None] = lambda: None) -> None:
-        """Where nothing is half done, between two micro batches or two batches of an evaluation: weights and state are
+    def stopped(self, progress: Progress, error: Stopped | TooManyBad) -> None:
+        """Keep what is worth having at an edge where the run ends: what is being written, and where it may go on with a
+        higher cap, the state itself. Collective; raises as `finish` does."""
+        if isinstance(error, TooManyBad):
+            self.finish(progress)
+        self.commit()
+
+    def edge(self, interruption: Interruption, bad: BadSamples, beat: Callable[[], None] = lambda: None) -> None:
+        """Where nothing is half done, before a micro batch or a batch of an evaluation is used: weights and state are
         those of the last step. Ranks agree on what happened meanwhile. Collective.
 
         Args:
             interruption: of this process.
+            bad: of this run; what a rank has met is shared.
             beat: called first; who watches over this rank sees that it gets on.
 
         Raises:
+            TooManyBad: more images cannot be used than the run file allows.
             Preempted: some rank was asked to stop.
             Stopped: see `commit`.
         """
         beat()
-        stop, writing = dist.any_rank([interruption.reason is not None, self.saver.busy])
+        stop, writing, news = dist.any_rank([interruption.reason is not None, self.saver.busy, bad.news])
         if not writing:
             self.commit()
+        if news:
+            bad.share()
         if stop:
             raise Preempted(next(filter(None, dist.all_objects(interruption.reason))))
 

@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def _refuse_missing_hostfile() -> None:
         ancestor = parent_of(ancestor)
 
 
-def preflight(output: Path, resolved: Mapping[str, Any]) -> None:
+def preflight(output: Path, resolved: Mapping[str, Any], images: Mapping[str, Mapping[str, Any]]) -> None:
     """Whether the hosts of this job can train together; the first rank of each speaks for it. Collective.
 
     Rank 0 prints one line for what only may hurt.
@@ -98,13 +98,15 @@ def preflight(output: Path, resolved: Mapping[str, Any]) -> None:
     Args:
         output: the run's directory; rank 0 can write there.
         resolved: the resolved run file.
+        images: by role, the number and the digest of this rank's images (vitds.data.images_of).
 
     Raises:
         UserError: on every rank: hosts differ in versions, in vitds itself, in the run file or in the data; the output
             directory is not one directory; too few open files are allowed.
     """
     own = probe.identity()
-    machines = dist.all_objects((own["hostname"], own["machine"]))
+    cards = dist.all_objects(((own["hostname"], own["machine"]), images))
+    machines = [machine for machine, _ in cards]
     first = [machines.index(machine) for machine in machines]  # of each rank's host
     before = time.time()
     token = dist.broadcast_object(dist.together(lambda: _leave_token(output) if dist.is_main() else ""))
@@ -130,6 +132,7 @@ def preflight(output: Path, resolved: Mapping[str, Any]) -> None:
     if len({known["run_file"] for known in facts.values()}) > 1:  # the same on every rank
         files = dist.all_objects(_leaves(resolved) if mine is not None else None)
         lines += _run_files({name: files[rank] for rank, name in names.items()})
+    lines += _images([seen for _, seen in cards], lambda rank: _name(machines, rank))
     wrong = [
         f"{line.message}\n    fix: {line.fix}" if line.fix else line.message for line in lines if line.state == WRONG
     ]
@@ -173,6 +176,21 @@ def _output(job: Job, facts: Facts) -> Iterator[Line]:
         if not known["seen"]:
             message = f"{host}: --output-dir {job.output} is not what it is on {job.first}: what rank 0 wrote there is not seen"
             yield Line("output", "not shared", (host,), WRONG, message, f"mount the shared file system there, or on {host}: findmnt -T {shlex.quote(str(job.output))}")  # fmt: skip
+
+
+def _images(seen: Sequence[Mapping[str, Mapping[str, Any]]], name: Callable[[int], str]) -> Iterator[Line]:
+    """The first rank that has other images than rank 0, of each role: their streams would not be one."""
+    for role, right in seen[0].items():
+        rank = next((rank for rank, images in enumerate(seen) if images[role] != right), None)
+        if rank is None:
+            continue
+        here, there = seen[rank][role]["images"], right["images"]
+        counts = f"{here} images" + (
+            f", {there} images on {name(0)}" if here != there else f", but not those of {name(0)}"
+        )
+        message = f"rank {rank} on {name(rank)}: vitds.data.{role} holds {counts}"
+        fix = "give every host the same files, and start when nobody writes there any more"
+        yield Line("images", "differ", (name(rank),), WRONG, message, fix)
 
 
 def _digest(resolved: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
 """Images in: where they come from, in what order, what is done to them, and which rank gets which."""
 
-from vitds.data.bad_samples import BadSample
+from vitds.data.bad_samples import BadSample, BadSamples, TooManyBad
 from vitds.data.batch import Batch, to_model_range
 from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.order import order
 from vitds.data.randomness import augmentation_rng
 from vitds.data.section import DataSection, SourceSection
-from vitds.data.source import Source
+from vitds.data.source import Source, images_of
 from vitds.data.sources import SOURCES, build_source, build_sources
 from vitds.data.transforms import TRANSFORMS
 
@@ -14,15 +14,18 @@ __all__ = [
     "SOURCES",
     "TRANSFORMS",
     "BadSample",
+    "BadSamples",
     "Batch",
     "DataSection",
     "EvalLoader",
     "Source",
     "SourceSection",
+    "TooManyBad",
     "TrainLoader",
     "augmentation_rng",
     "build_source",
     "build_sources",
+    "images_of",
     "order",
     "to_model_range",
 ]

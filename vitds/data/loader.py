@@ -49,6 +49,7 @@ class TrainLoader:
         world_size: int,
         position: int = 0,
         skipped: Sequence[Sequence[int]] = (),
+        bad: BadSamples | None = None,
     ) -> None:
         self._batches = TrainBatches(
             _images(source, section, section.train, "train", image_size, num_classes),
@@ -64,18 +65,14 @@ class TrainLoader:
         )
         self._feed = _Feed(self._batches, itertools.count(), section)
         self._delivered = 0
-        self._bad = BadSamples("train", section.max_bad_samples)
+        self.bad = bad or BadSamples(section.max_bad_samples)
         self.wait_seconds = 0.0
         """Time that the consumer has waited for batches, since the loader was made."""
 
     @property
     def bad_samples(self) -> list[BadSample]:
-        """The undecodable images met so far, each once; they were replaced by the next image that can be decoded."""
-        return self._bad.found
-
-    def newly_bad(self) -> list[dict[str, Any]]:
-        """The undecodable images that any rank has met since the last call: key, reason, position. Collective."""
-        return self._bad.untold()
+        """The unusable images met so far, each once; they were replaced by the next image that can be used."""
+        return self.bad.found("train")
 
     @property
     def position(self) -> int:
@@ -99,13 +96,14 @@ class TrainLoader:
         """The next micro-batch.
 
         Raises:
-            UserError: more undecodable images than allowed, or images the model cannot take.
+            UserError: images the model cannot take, or nothing to take the place of one that cannot be used; more bad
+                samples than allowed are refused where the ranks share them (`bad.share`).
             StorageError: the storage failed, several times over.
         """
         start = time.perf_counter()
         prepared = next(self._feed)
         self.wait_seconds += time.perf_counter() - start
-        batch = _checked(prepared, self._bad)
+        batch = _checked(prepared, "train", self.bad)
         self._delivered += 1
         return batch
 
@@ -130,20 +128,17 @@ class EvalLoader:
         batch: int,
         rank: int,
         world_size: int,
+        bad: BadSamples | None = None,
     ) -> None:
         images = _images(source, section, section.eval, "eval", image_size, num_classes)
         self._section = section
         self._batches = EvalBatches(images, batch=batch, rank=rank, world_size=world_size)
-        self._bad = BadSamples("eval", section.max_bad_samples)
+        self.bad = bad or BadSamples(section.max_bad_samples)
 
     @property
     def bad_samples(self) -> list[BadSample]:
-        """The undecodable images of this rank's share met so far, each once."""
-        return self._bad.found
-
-    def newly_bad(self) -> list[dict[str, Any]]:
-        """As TrainLoader's: these images count for nothing in the evaluation. Collective."""
-        return self._bad.untold()
+        """The unusable images met so far, each once; they count for nothing in the evaluation."""
+        return self.bad.found("eval")
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -152,7 +147,7 @@ class EvalLoader:
         feed = _Feed(self._batches, range(len(self)), self._section)
         try:
             for prepared in feed:
-                yield _checked(prepared, self._bad)
+                yield _checked(prepared, "eval", self.bad)
         finally:
             feed.close()
 
@@ -197,11 +192,12 @@ class _Feed:
             self._items._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _checked(prepared: Prepared, bad: BadSamples) -> Batch:
-    """The batch, after its bad samples have been added up and found within the cap."""
-    bad.add(prepared.bad_samples)
+def _checked(prepared: Prepared, role: Role, bad: BadSamples) -> Batch:
+    """The batch, after note has been taken of its bad samples."""
+    bad.meet(role, prepared.bad_samples)
     if isinstance(prepared.error, UserError):
         prepared.error.agreed = False  # the other ranks' images may be fine
+        bad.keep_untold()
     if prepared.error is not None:
         raise prepared.error
     assert prepared.batch is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Source(ABC):
         """The key of image `index`."""
         return self.read(index)[2]
 
+    def count_labels_from(self, bound: int) -> int:
+        """How many images have a label ≥ `bound`; 0 where it would take reading them all to know."""
+        return 0
+
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         """The indices of those of `keys` that there are."""
         wanted = set(keys)
@@ -63,3 +67,9 @@ class Source(ABC):
         """Hexadecimal; other images, or the same in another order, have another. A stand-in for their bytes that does
         not take reading them all, the same on all hosts that hold the same files."""
         return hashlib.blake2b(repr((len(self), list(self.class_names))).encode(), digest_size=16).hexdigest()
+
+
+def images_of(train: Source, evaluation: Source | None) -> dict[str, dict[str, Any]]:
+    """By role, the number and the digest of the images: what a run keeps to know them again."""
+    sources = {"train": train, **({"eval": evaluation} if evaluation is not None else {})}
+    return {role: {"images": len(source), "digest": source.digest()} for role, source in sources.items()}

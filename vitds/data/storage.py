@@ -15,9 +15,12 @@ SAID_AFTER = 3
 T = TypeVar("T")
 
 
-class StorageError(RuntimeError):
+class StorageError(Exception):
     """Storage failed, several times over. It says nothing of the image, which therefore is not replaced: the run stops
-    and goes on from its last checkpoint when the storage is back."""
+    and goes on from its last checkpoint when the storage is back.
+
+    No RuntimeError or OSError: of those, "Connection timed out" would pass for what torch says of a lost rank.
+    """
 
 
 def retried(read: Callable[[], T], what: str) -> T:
