@@ -1,6 +1,7 @@
 """Sources: what each holds, that listings are stable, and that mistakes are told in one line."""
 
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -31,7 +32,21 @@ def section(name, tmp_path):
         "digits": SourceSection("digits"),
         "synthetic": SourceSection("synthetic", num_images=100, num_classes=7, image_size=12),
         "folder": SourceSection("folder", path=str(tmp_path)),
+        "tar": SourceSection("tar", path=str(tar_of_folder(tmp_path))),
     }[name]
+
+
+def tar_of_folder(folder):
+    """Two shards of the folder's images, labelled by the names of their classes."""
+    files = [path for path in sorted(folder.glob("*/*")) if path.suffix != ".txt" and path.name[0] != "."]
+    for number, part in enumerate((files[:2], files[2:])):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for path in part:
+                name = f"{path.parent.name}/{path.stem}"
+                (folder / "label.txt").write_text(path.parent.name)
+                tar.add(path, name + path.suffix)
+                tar.add(folder / "label.txt", f"{name}.txt")
+    return folder
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -104,7 +119,7 @@ def test_a_read_that_keeps_failing_names_the_file(images, monkeypatch):
     source = build_source(SourceSection("folder", path=str(images)), "train")
     (images / "owl" / "a.jpg").unlink()
     monkeypatch.setattr(storage, "RETRY_AFTER_SECONDS", (0.0, 0.0))
-    with pytest.raises(RuntimeError, match=r"owl/a\.jpg: cannot be read \(No such file.*3 attempts"):
+    with pytest.raises(storage.StorageError, match=r"owl/a\.jpg: cannot be read \(No such file.*3 attempts"):
         source.read(3)
 
 

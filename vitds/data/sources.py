@@ -10,6 +10,7 @@ from vitds.data.exclusion import leave_out
 from vitds.data.folder import Folder
 from vitds.data.source import Source
 from vitds.data.synthetic import Synthetic
+from vitds.data.tar import Tar
 from vitds.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 Role = Literal["train", "eval"]
 
 
-SOURCES: dict[str, type[Source]] = {"digits": Digits, "synthetic": Synthetic, "folder": Folder}
+SOURCES: dict[str, type[Source]] = {"digits": Digits, "synthetic": Synthetic, "folder": Folder, "tar": Tar}
 
 
 OWN_KEYS = (
@@ -49,15 +50,18 @@ def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Sourc
     """The training and the evaluation source, both fit for a model of `num_classes`.
 
     Raises:
-        UserError: as `build_source`; more classes than the model has; the two do not have the same classes.
+        UserError: as `build_source`; more classes than the model has, or labels; the two name their classes differently.
     """
     train = build_source(section.train, "train")
     check_classes(train, num_classes, "train")
+    _check_labels(train, num_classes, "train", section.max_bad_samples)
     if section.eval is None:
         return train, None
     evaluation = build_source(section.eval, "eval")
     check_classes(evaluation, num_classes, "eval")
-    if section.train.source == section.eval.source and train.class_names != evaluation.class_names:
+    _check_labels(evaluation, num_classes, "eval", section.max_bad_samples)
+    known = train.class_names and evaluation.class_names
+    if known and list(train.class_names) != list(evaluation.class_names):
         only_train = sorted(set(train.class_names) - set(evaluation.class_names))
         only_eval = sorted(set(evaluation.class_names) - set(train.class_names))
         raise UserError(
@@ -73,6 +77,16 @@ def check_classes(source: Source, num_classes: int, role: Role) -> None:
         raise UserError(
             f"vitds.data.{role}: {len(source.class_names)} classes ({_some(source.class_names)}), "
             f"but vitds.model.num_classes is {num_classes}"
+        )
+
+
+def _check_labels(source: Source, num_classes: int, role: Role, most: int) -> None:
+    """Refuses labels that the model has no class for, where more images have them than may be bad."""
+    count = source.count_labels_from(num_classes)
+    if count > most:
+        raise UserError(
+            f"vitds.data.{role}: {count} images have labels of {num_classes} or more, but vitds.model.num_classes is "
+            f"{num_classes} (and vitds.data.max_bad_samples {most})"
         )
 
 
