@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import time
-import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from vitds import dist
 from vitds.checkpoint.files import FileRecord, write_bytes
 from vitds.checkpoint.plan import PlannedFile
 from vitds.checkpoint.tensorfile import TensorFileWriter, bytes_of
+from vitds.host_memory import page_lock
 
 CHUNK_BYTES = 32 * 2**20
 """Staged on the host when a piece that is written at once lies on the device."""
@@ -37,8 +35,7 @@ class HostCopy:
     """Host memory for a copy of this rank's share: `data`, 1-D uint8, uninitialised, of use while this object lives.
 
     Processes that are forked, such as a loader's workers, do not get it: they could not read it, and the next save,
-    while they live, need not copy each page that it writes to. On CUDA it is page-locked where that can be had, which
-    is to make copies from the device faster; how much faster is unmeasured, and so is what locking takes.
+    while they live, need not copy each page that it writes to. On CUDA it is page-locked where that can be had.
 
     Raises:
         OSError: no such memory.
@@ -51,14 +48,7 @@ class HostCopy:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_DONTFORK)
         self.data = torch.frombuffer(memory, dtype=torch.uint8)
-        device = dist.device()
-        if device.type == "cuda":
-            cudart = torch.cuda.cudart()
-            if int(cudart.cudaHostRegister(self.data.data_ptr(), nbytes, 0)) == 0:
-                weakref.finalize(self, cudart.cudaHostUnregister, self.data.data_ptr()).atexit = False
-            else:
-                with contextlib.suppress(RuntimeError):  # CUDA tells of that failure once more, at the next kernel
-                    torch.ones(1, device=device)
+        page_lock(self.data, owner=self)
 
 
 def write_share(

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from vitds import dist
+from vitds.data.ahead import Ahead
 from vitds.data.bad_samples import BadSample, BadSamples
-from vitds.data.batch import Batch
+from vitds.data.batch import Batch, Layout
+from vitds.data.feed import Feed, Item
 from vitds.data.order import build_order
-from vitds.data.samples import EvalBatches, Images, Prepared, TrainBatches
+from vitds.data.samples import EvalBatches, Images, TrainBatches
 from vitds.data.section import DataSection, SourceSection
 from vitds.data.skips import merged
 from vitds.data.source import Source
 from vitds.data.sources import Role, check_classes
 from vitds.data.transforms import TRAIN_DEFAULT, build_transforms, eval_default
 from vitds.errors import UserError
+
+COPIED_AHEAD = ("cuda",)
+"""Kinds of device to which batches are copied by a thread; a CPU would only lose by it."""
 
 
 class TrainLoader:
@@ -33,6 +32,9 @@ class TrainLoader:
     The stream of global batches is a pure function of (source, section, image_size, seed, global_batch, position):
     neither the world size nor the micro-batch nor the number of workers changes a pixel of it. The ranges [start, end)
     of `skipped`, whole global batches each, are left out of it, and change nothing of the rest.
+
+    On a GPU the batches lie there already. Without one, and with workers, the micro-batches of the last global batch
+    may be read; the memory of older ones is used again.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class TrainLoader:
             world_size=world_size,
             skipped=tuple(merged(skipped)),
         )
-        self._feed = _Feed(self._batches, itertools.count(), section)
+        self._items = _items(self._batches, itertools.count(), section, held=self._batches.accumulation)
         self._delivered = 0
         self.bad = bad or BadSamples(section.max_bad_samples)
         self.wait_seconds = 0.0
@@ -101,21 +103,22 @@ class TrainLoader:
             StorageError: the storage failed, several times over.
         """
         start = time.perf_counter()
-        prepared = next(self._feed)
+        item = next(self._items)
         self.wait_seconds += time.perf_counter() - start
-        batch = _checked(prepared, "train", self.bad)
+        batch = _checked(item, self._batches.layout, "train", self.bad)
         self._delivered += 1
         return batch
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._feed.close()
+        """Ends what prepares batches: workers, thread."""
+        self._items.close()
 
 
 class EvalLoader:
     """This rank's share of an evaluation: over all ranks every image exactly once, `len` batches on every rank.
 
-    Undecodable images count as not real, and are listed; iterating again starts anew.
+    Undecodable images count as not real, and are listed; iterating again starts anew. Where there are workers and no
+    GPU, a batch is there until the next one is asked for.
     """
 
     def __init__(
@@ -144,64 +147,38 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        feed = _Feed(self._batches, range(len(self)), self._section)
+        items = _items(self._batches, range(len(self)), self._section, held=1)
         try:
-            for prepared in feed:
-                yield _checked(prepared, "eval", self.bad)
+            for item in items:
+                yield _checked(item, self._batches.layout, "eval", self.bad)
         finally:
-            feed.close()
+            items.close()
 
 
-class _Feed:
-    """`batches[n]` for each of `numbers`, in order, made here or ahead of time by worker processes."""
+def _items(
+    batches: TrainBatches | EvalBatches, numbers: Iterable[int], section: DataSection, *, held: int
+) -> Feed | Ahead:
+    """Batches by number, on the device where there is one.
 
-    def __init__(self, batches: TrainBatches | EvalBatches, numbers: Iterable[int], section: DataSection) -> None:
-        self._pin = dist.device().type == "cuda"
-        self._in_workers = section.num_workers > 0
-        self._items: Iterator[Prepared]
-        if not self._in_workers:
-            self._items = (batches[number] for number in numbers)
-            return
-        self._items = iter(
-            DataLoader(
-                batches,
-                batch_size=None,
-                sampler=numbers,
-                num_workers=section.num_workers,
-                prefetch_factor=section.prefetch,
-                collate_fn=_as_it_is,
-                pin_memory=self._pin,
-                worker_init_fn=_obey_only_the_parent,
-                generator=torch.Generator(),  # Else starting workers would draw from the training process's own.
-            )
-        )
-
-    def __iter__(self) -> Iterator[Prepared]:
-        return self
-
-    def __next__(self) -> Prepared:
-        prepared = next(self._items)
-        return prepared.pin_memory() if self._pin and not self._in_workers else prepared
-
-    def close(self) -> None:
-        """Ends the workers, by force if need be.
-
-        Letting go of torch's iterator would end them too, but not while the traceback of an error holds on to it.
-        """
-        if self._in_workers:
-            self._items._shutdown_workers()  # type: ignore[attr-defined]
+    Args:
+        held: as Feed's. What goes to the device at once is not read after that.
+    """
+    device = dist.device()
+    on_device = device.type in COPIED_AHEAD
+    feed = Feed(batches, numbers, section, held=1 if on_device else held, page_locked=device.type == "cuda")
+    return Ahead(feed, device) if on_device else feed
 
 
-def _checked(prepared: Prepared, role: Role, bad: BadSamples) -> Batch:
+def _checked(item: Item, layout: Layout, role: Role, bad: BadSamples) -> Batch:
     """The batch, after note has been taken of its bad samples."""
+    memory, prepared = item
     bad.meet(role, prepared.bad_samples)
     if isinstance(prepared.error, UserError):
         prepared.error.agreed = False  # the other ranks' images may be fine
         bad.keep_untold()
     if prepared.error is not None:
         raise prepared.error
-    assert prepared.batch is not None
-    return prepared.batch
+    return layout.batch(memory, prepared.positions)
 
 
 def _images(
@@ -213,26 +190,3 @@ def _images(
         spec = TRAIN_DEFAULT if role == "train" else eval_default(image_size)
     transforms = build_transforms(spec, image_size, f"vitds.data.{role}.transforms")
     return Images(source, transforms, role, image_size, num_classes, section.max_bad_samples)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _obey_only_the_parent(worker: int) -> None:
-    """Makes this worker end on SIGTERM from its rank alone, and deaf to SIGINT and SIGUSR1.
-
-    A job's end is signalled to all its processes at once; a worker that died of it would fail the rank, which still has
-    a checkpoint to save.
-    """
-    parent = os.getppid()
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-
-    def wait_for_parent() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()

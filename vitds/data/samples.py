@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from vitds.data.bad_samples import BadSample, too_many_bad
-from vitds.data.batch import Batch
-from vitds.data.images import Unusable, decode
+from vitds.data.batch import Layout
+from vitds.data.images import LazyJpeg, Unusable, decode, decode_lazily
 from vitds.data.order import Order
 from vitds.data.randomness import augmentation_rng, mixup_rng
 from vitds.data.skips import batch_start
 from vitds.data.source import Label, Sample, Source
 from vitds.data.sources import Role
 from vitds.data.storage import StorageError
-from vitds.data.transforms import Transform
+from vitds.data.transforms import RESIZING, Picture, Transform
 from vitds.errors import UserError
 
 
 @dataclass
 class Prepared:
-    """A batch on its way from where it was made, with what was found amiss there."""
+    """What is told of a batch that was made elsewhere; its tensors lie in memory that both sides know."""
 
-    batch: Batch | None = None
+    positions: list[int] = field(default_factory=list)
     bad_samples: list[BadSample] = field(default_factory=list)
     error: UserError | StorageError | None = None
     """What the user can mend travels from a worker as a value: raised there, it would arrive wrapped in a traceback."""
 
-    def pin_memory(self) -> Prepared:
-        """With the batch in page-locked memory; torch's DataLoader calls this on what its workers send."""
-        if self.batch is not None:
-            self.batch = self.batch.pin_memory()
-        return self
+
+class Batches(Protocol):
+    """Batches by number, made in whichever process."""
+
+    @property
+    def layout(self) -> Layout:
+        """How each of them lies in memory."""
+
+    def fill(self, number: int, memory: torch.Tensor) -> Prepared:
+        """Makes batch `number` in `memory`, uint8 (layout.nbytes,)."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,14 @@ class Images:
             UserError: the transforms give another size.
         """
         stored, label, key = sample
+        picture: Picture | LazyJpeg
         try:
             label = self._checked(label)
-            picture = stored if isinstance(stored, np.ndarray) else decode(stored)
+            picture = stored if isinstance(stored, np.ndarray) else self._decode(stored)
+            for transform in self.transforms:
+                picture = transform(picture, rng)
         except Unusable as error:
             return BadSample(key, str(error), position)
-        for transform in self.transforms:
-            picture = transform(picture, rng)
         pixels = np.asarray(picture)
         size = self.image_size
         if pixels.shape[:2] != (size, size):
@@ -71,6 +78,13 @@ class Images:
                 f'the model takes {size}×{size}; add "resize" or give the size'
             )
         return pixels, label
+
+    @cached_property
+    def _decode(self) -> Callable[[bytes], Picture | LazyJpeg]:
+        """Evaluation decodes in full, as the image processor that is saved beside a checkpoint does."""
+        first = self.transforms[0] if self.transforms else None
+        lazy = self.role == "train" and getattr(first, "func", first) in RESIZING
+        return decode_lazily if lazy else decode
 
     def _checked(self, label: Label | Unusable) -> Label:
         if isinstance(label, Unusable):
@@ -91,16 +105,9 @@ class Images:
             row[label] = 1
         return hot
 
-    def stack(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """uint8 (B, 3, S, S); grey is repeated."""
-        stacked = np.empty((len(pictures), 3, self.image_size, self.image_size), dtype=np.uint8)
-        for place, pixels in zip(stacked, pictures, strict=True):
-            place[...] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return stacked
-
 
 @dataclass(frozen=True)
-class TrainBatches(Dataset[Prepared]):
+class TrainBatches:
     """Micro-batch number n of one rank, from the start of its stream at `position`."""
 
     images: Images
@@ -137,28 +144,38 @@ class TrainBatches(Dataset[Prepared]):
         """Position at which the global batch of micro-batch `number` begins."""
         return batch_start(number // self.accumulation, self.position, self.global_batch, self.skipped)
 
-    def __getitem__(self, number: int) -> Prepared:
-        bad_samples: list[BadSample] = []
+    @property
+    def layout(self) -> Layout:
+        classes = self.images.num_classes if self.mixup or self.images.source.multi_label else None
+        return Layout(self.micro_batch, self.images.image_size, classes, mixed=self.mixup > 0)
+
+    def fill(self, number: int, memory: torch.Tensor) -> Prepared:
+        positions = self.positions(number)
+        prepared = Prepared(list(positions))
+        batch = self.layout.batch(memory, prepared.positions)
         try:
-            positions = self.positions(number)
-            images, labels = (self._mixed if self.mixup else self._plain)(positions, bad_samples)
+            (self._mix if self.mixup else self._plain)(positions, batch.images, batch.labels, prepared.bad_samples)
         except (UserError, StorageError) as error:
-            return Prepared(bad_samples=bad_samples, error=error)
-        return Prepared(
-            Batch(images, labels, list(positions), torch.ones(len(positions), dtype=torch.bool)), bad_samples
-        )
+            prepared.error = error
+        batch.is_real.fill_(True)
+        return prepared
 
-    def _plain(self, positions: Sequence[int], bad_samples: list[BadSample]) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures, labels = self._load(positions, bad_samples)
-        return torch.from_numpy(self.images.stack(pictures)), self.images.labels(labels)
+    def _plain(
+        self, positions: Sequence[int], images: torch.Tensor, labels: torch.Tensor, bad_samples: list[BadSample]
+    ) -> None:
+        labels.copy_(self.images.labels(self._load(positions, rows_of(images), bad_samples)))
 
-    def _mixed(self, positions: Sequence[int], bad_samples: list[BadSample]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mix(
+        self, positions: Sequence[int], images: torch.Tensor, labels: torch.Tensor, bad_samples: list[BadSample]
+    ) -> None:
         """Positions 2i and 2i+1 mixed with each other; a partner outside this slice is read as well.
 
         As in the reference, one weight a ~ Beta(p, p) per step, of which max(a, 1 − a) falls on the image itself.
         """
         wanted = sorted({near for position in positions for near in (position, position ^ 1)})
-        pictures, labels = self._load(wanted, bad_samples)
+        size = self.images.image_size
+        loaded = torch.empty(len(wanted), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        hot = self.images.multi_hot(self._load(wanted, rows_of(loaded), bad_samples))
         row = {position: i for i, position in enumerate(wanted)}
         own = torch.tensor([row[position] for position in positions])
         partner = torch.tensor([row[position ^ 1] for position in positions])
@@ -167,23 +184,21 @@ class TrainBatches(Dataset[Prepared]):
             for step in {position // self.global_batch for position in positions}
         }
         weights = torch.tensor([weight_of_step[position // self.global_batch] for position in positions])  # (B,)
-        pixels = torch.from_numpy(self.images.stack(pictures)).float().div_(127.5).sub_(1)
-        hot = self.images.multi_hot(labels)
+        pixels = loaded.float().div_(127.5).sub_(1)
         image_weights, label_weights = weights[:, None, None, None], weights[:, None]
-        return (
-            image_weights * pixels[own] + (1 - image_weights) * pixels[partner],
-            label_weights * hot[own] + (1 - label_weights) * hot[partner],
-        )
+        torch.add(image_weights * pixels[own], (1 - image_weights) * pixels[partner], out=images)
+        torch.add(label_weights * hot[own], (1 - label_weights) * hot[partner], out=labels)
 
-    def _load(self, positions: Sequence[int], bad_samples: list[BadSample]) -> tuple[list[np.ndarray], list[Label]]:
+    def _load(self, positions: Sequence[int], rows: np.ndarray, bad_samples: list[BadSample]) -> list[Label]:
+        """The labels of these positions' images, which come to stand in `rows`."""
         indices = self.order.indices(np.array(positions)).tolist()
         samples = self.images.source.read_many(indices)
-        pictures, labels = [], []
-        for position, index, sample in zip(positions, indices, samples, strict=True):
+        labels = []
+        for row, position, index, sample in zip(rows, positions, indices, samples, strict=True):
             pixels, label = self._load_or_replace(position, index, sample, bad_samples)
-            pictures.append(pixels)
+            row[...] = rgb(pixels)
             labels.append(label)
-        return pictures, labels
+        return labels
 
     def _load_or_replace(
         self, position: int, index: int, sample: Sample, bad_samples: list[BadSample]
@@ -201,7 +216,7 @@ class TrainBatches(Dataset[Prepared]):
 
 
 @dataclass(frozen=True)
-class EvalBatches(Dataset[Prepared]):
+class EvalBatches:
     """Batch number n of one rank's share of an evaluation: every image once, then padding."""
 
     images: Images
@@ -212,27 +227,41 @@ class EvalBatches(Dataset[Prepared]):
     def __len__(self) -> int:
         return -(-len(self.images.source) // (self.batch * self.world_size))
 
-    def __getitem__(self, number: int) -> Prepared:
-        bad_samples: list[BadSample] = []
+    @property
+    def layout(self) -> Layout:
+        classes = self.images.num_classes if self.images.source.multi_label else None
+        return Layout(self.batch, self.images.image_size, classes, mixed=False)
+
+    def fill(self, number: int, memory: torch.Tensor) -> Prepared:
         first = (number * self.world_size + self.rank) * self.batch
         indices = range(first, min(first + self.batch, len(self.images.source)))
-        size = self.images.image_size
-        pictures = [np.zeros((size, size), dtype=np.uint8)] * self.batch
+        prepared = Prepared([*indices, *[-1] * (self.batch - len(indices))])
+        batch = self.layout.batch(memory, prepared.positions)
+        rows, is_real = rows_of(batch.images), batch.is_real.fill_(False)
         labels: list[Label] = [[] if self.images.source.multi_label else 0] * self.batch
-        is_real = torch.zeros(self.batch, dtype=torch.bool)
         try:
             for i, (index, sample) in enumerate(zip(indices, self.images.source.read_many(indices), strict=True)):
                 loaded = self.images.prepare(sample, augmentation_rng(0, index), index)
                 if isinstance(loaded, BadSample):
-                    bad_samples.append(loaded)
+                    prepared.bad_samples.append(loaded)
                 else:
-                    pictures[i], labels[i] = loaded
+                    rows[i], labels[i] = rgb(loaded[0]), loaded[1]
                     is_real[i] = True
         except (UserError, StorageError) as error:
-            return Prepared(bad_samples=bad_samples, error=error)
-        positions = [*indices, *[-1] * (self.batch - len(indices))]
-        batch = Batch(torch.from_numpy(self.images.stack(pictures)), self.images.labels(labels), positions, is_real)
-        return Prepared(batch, bad_samples)
+            prepared.error = error
+        rows[~is_real.numpy()] = 0
+        batch.labels.copy_(self.images.labels(labels))
+        return prepared
+
+
+def rows_of(images: torch.Tensor) -> np.ndarray:
+    """Images (B, 3, S, S), whose channels come last in memory, as an array (B, S, S, 3) over the same memory."""
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def rgb(pixels: np.ndarray) -> np.ndarray:
+    """(S, S, 3), or (S, S, 1) that is repeated when it is written, of (S, S, 3) or grey (S, S)."""
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def mixup_weight(seed: int, step: int, p: float) -> float:

@@ -1,7 +1,8 @@
 """Image transforms by name, as the run file lists them.
 
 Each is a pure function of (image, generator): a Pillow image or a uint8 array (H, W) or (H, W, 3) in, one of these
-out. The list in the run file holds names or {"name": {parameters}}; a `size` not given is the model's image size.
+out; what begins by resizing also takes a JPEG that is not decoded yet. The list in the run file holds names or
+{"name": {parameters}}; a `size` not given is the model's image size.
 
 Resampling is Pillow's antialiased bilinear everywhere, which is what the image processor saved beside a checkpoint
 does, so that training, evaluation and use agree. (big_vision resizes without antialias and truncates to uint8.)
@@ -18,10 +19,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from vitds.data.images import Box, LazyJpeg
 from vitds.errors import UserError, nearest, one_of
 
 Picture = np.ndarray | Image.Image
-Transform = Callable[[Picture, np.random.Generator], Picture]
+Transform = Callable[[Any, np.random.Generator], Picture]
 
 TRAIN_DEFAULT: list[Any] = ["inception_crop", "flip_lr"]
 
@@ -31,10 +33,11 @@ def eval_default(image_size: int) -> list[Any]:
     return [{"resize_small": {"size": round(image_size * 256 / 224)}}, "central_crop"]
 
 
-def inception_crop(image: Picture, rng: np.random.Generator, *, size: int, area_min: float = 0.05) -> Picture:
+def inception_crop(
+    image: Picture | LazyJpeg, rng: np.random.Generator, *, size: int, area_min: float = 0.05
+) -> Picture:
     """A random part of the image, at least the fraction `area_min` of its area, resized to size × size."""
-    left, top, width, height = sample_crop(*_width_height(image), rng, area_min)
-    return _resize(_crop(image, left, top, width, height), size, size)
+    return _resize(image, sample_crop(*_width_height(image), rng, area_min), size, size)
 
 
 def sample_crop(width: int, height: int, rng: np.random.Generator, area_min: float) -> tuple[int, int, int, int]:
@@ -69,19 +72,23 @@ def sample_crop(width: int, height: int, rng: np.random.Generator, area_min: flo
 
 def flip_lr(image: Picture, rng: np.random.Generator) -> Picture:
     """The mirror image, with probability one half."""
-    return np.asarray(image)[:, ::-1] if rng.random() < 0.5 else image
+    if rng.random() >= 0.5:
+        return image
+    if isinstance(image, Image.Image):  # several times as fast as numpy, which copies pixel by pixel
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image[:, ::-1]
 
 
-def resize(image: Picture, rng: np.random.Generator, *, size: int) -> Picture:
+def resize(image: Picture | LazyJpeg, rng: np.random.Generator, *, size: int) -> Picture:
     """size × size, whatever the aspect ratio was."""
-    return _resize(image, size, size)
+    return _resize(image, (0, 0, *_width_height(image)), size, size)
 
 
-def resize_small(image: Picture, rng: np.random.Generator, *, size: int) -> Picture:
+def resize_small(image: Picture | LazyJpeg, rng: np.random.Generator, *, size: int) -> Picture:
     """The shorter edge to `size`, the longer to round(longer · size / shorter)."""
     width, height = _width_height(image)
     shorter = min(width, height)
-    return _resize(image, round(width * size / shorter), round(height * size / shorter))
+    return _resize(image, (0, 0, width, height), round(width * size / shorter), round(height * size / shorter))
 
 
 def central_crop(image: Picture, rng: np.random.Generator, *, size: int) -> Picture:
@@ -120,6 +127,8 @@ def random_shift(
     return moved
 
 
+RESIZING = (inception_crop, resize, resize_small)
+"""These say how many pixels they want, and take a `LazyJpeg`."""
 TRANSFORMS: dict[str, Callable[..., Picture]] = {
     "inception_crop": inception_crop,
     "flip_lr": flip_lr,
@@ -195,19 +204,28 @@ def _below(rng: np.random.Generator, bound: int) -> int:
     return int(rng.random() * bound)
 
 
-def _width_height(image: Picture) -> tuple[int, int]:
-    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+def _width_height(image: Picture | LazyJpeg) -> tuple[int, int]:
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
 
 
 def _crop(image: Picture, left: int, top: int, width: int, height: int) -> Picture:
+    if (width, height) == _width_height(image):
+        return image
     if isinstance(image, Image.Image):
         return image.crop((left, top, left + width, top + height))
     return image[top : top + height, left : left + width]
 
 
-def _resize(image: Picture, width: int, height: int) -> Picture:
-    if _width_height(image) == (width, height):
-        return image
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(np.ascontiguousarray(image))
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+def _resize(image: Picture | LazyJpeg, box: Box, width: int, height: int) -> Picture:
+    """The part `box` of the image, and nothing of what lies around it, as width × height pixels."""
+    if isinstance(image, LazyJpeg):
+        image, box = image.part(box, (width, height))
+    left, top = math.floor(box[0]), math.floor(box[1])
+    right, bottom = math.ceil(box[0] + box[2]), math.ceil(box[1] + box[3])
+    picture = _crop(image, left, top, right - left, bottom - top)
+    if box == (left, top, width, height):
+        return picture
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(np.ascontiguousarray(picture))
+    x, y = box[0] - left, box[1] - top
+    return picture.resize((width, height), Image.Resampling.BILINEAR, (x, y, x + box[2], y + box[3]))
