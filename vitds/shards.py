@@ -1,4 +1,7 @@
-"""Which tar shards a path or pattern of the run file means."""
+"""Which tar shards a path or pattern of the run file means.
+
+Imports nothing of vitds: the doctor asks it on hosts one by one (vitds/cluster/doctor/probe.py).
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from vitds.errors import UserError
-
 _URL = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_SPECIAL = re.compile(r"::|[*?\[{]")
-
-
-def is_pattern(path: str) -> bool:
-    """Whether this is more than the name of one file or folder."""
-    return _SPECIAL.search(path) is not None
-
-
-def fixed_folder(pattern: str) -> str:
-    """The deepest folder that everything which matches lies in, as far as the pattern's first part tells."""
-    return os.path.dirname(os.path.expanduser(_SPECIAL.split(pattern, maxsplit=1)[0])) or "."
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -29,32 +19,29 @@ def find_shards(pattern: str) -> list[str]:
 
     Args:
         pattern: a tar, a folder of `*.tar`, or a name with braces (`{000..127}` with its zeros, `{a,b}`, one in another)
-            and wildcards (`*`, `?`, `[…]`, `**` for folders at any depth); several of these joined by `::`. What is
-            there under the very name that is given is meant by it.
+            and wildcards (`*`, `?`, `[…]`, `**` for folders at any depth) for names that end in `.tar` or are folders of
+            such; several of these joined by `::`. What is there under the very name that is given is meant by it.
 
     Raises:
-        UserError: nothing is there, or not all of what the braces name; a URL; a folder that cannot be listed. Begins
-            without the place: the caller knows which key held the pattern.
+        ValueError: nothing is there, or not all of what the braces name; a URL.
+        OSError: a folder cannot be listed.
     """
     found: set[str] = set()
     missing: list[str] = []
     names_in: dict[str, frozenset[str]] = {}
     total = 0
-    try:
-        for part in pattern.split("::"):
-            if _URL.match(part):
-                raise UserError(f"{part!r} is not a local path; mount the storage and give the path there")
-            for name in [part] if os.path.exists(os.path.expanduser(part)) else expand_braces(part):
-                path = os.path.abspath(os.path.expanduser(name))
-                total += 1
-                here = _matching(path, names_in)
-                found.update(here)
-                if not here:
-                    missing.append(path)
-    except OSError as error:
-        raise UserError(f"cannot list {error.filename!r} ({error.strerror})") from error
+    for part in [pattern] if os.path.exists(os.path.expanduser(pattern)) else pattern.split("::"):
+        if _URL.match(part):
+            raise ValueError(f"{part!r} is not a local path; mount the storage and give the path there")
+        for name in [part] if os.path.exists(os.path.expanduser(part)) else expand_braces(part):
+            path = os.path.abspath(os.path.expanduser(name))
+            total += 1
+            here = _matching(path, names_in)
+            found.update(here)
+            if not here:
+                missing.append(path)
     if missing:
-        raise UserError(_missing(missing, total))
+        raise ValueError(_missing(missing, total))
     return sorted(found)
 
 
@@ -63,12 +50,18 @@ def _matching(path: str, names_in: dict[str, frozenset[str]]) -> list[str]:
     folder, name = os.path.split(path)
     if folder not in names_in and not glob.has_magic(folder):
         names_in[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-    if name not in names_in.get(folder, ()) and not os.path.exists(path):
-        return glob.glob(path, recursive=True) if glob.has_magic(path) else []
-    if not name.endswith(".tar") and os.path.isdir(path):
-        with os.scandir(path) as entries:
-            return [entry.path for entry in entries if entry.name.endswith(".tar") and not entry.name.startswith(".")]
-    return [path]
+    if name in names_in.get(folder, ()) or os.path.exists(path):
+        return _tars(path) if os.path.isdir(path) and not name.endswith(".tar") else [path]
+    matches = glob.glob(path, recursive=True) if glob.has_magic(path) else []
+    return [shard for match in matches for shard in ([match] if match.endswith(".tar") else _tars(match))]
+
+
+def _tars(path: str) -> list[str]:
+    """Those in a folder; none of what is no folder, such as the index beside a shard."""
+    if not os.path.isdir(path):
+        return []
+    with os.scandir(path) as entries:
+        return [entry.path for entry in entries if entry.name.endswith(".tar") and not entry.name.startswith(".")]
 
 
 def _missing(missing: Sequence[str], total: int) -> str:

@@ -12,9 +12,24 @@ from vitds.data.tar.index import Head, index_path, read_head, write_index
 from vitds.errors import UserError
 from vitds.json_files import say
 from vitds.progress import Progress
+from vitds.shards import find_shards
 
 READERS = 16
 """Threads that look at indices: a file server is slow to answer one question, not many."""
+
+
+def shards_at(path: str, place: str) -> list[str]:
+    """The shards that a path or pattern means (vitds.shards).
+
+    Raises:
+        UserError: none, or not all; `place` is named.
+    """
+    try:
+        return find_shards(path)
+    except OSError as error:
+        raise UserError(f"{place}: cannot list {error.filename!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def indexed(shards: Sequence[str], index_dir: str | None, label_key: str | None, place: str) -> list[Head]:

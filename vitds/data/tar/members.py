@@ -79,11 +79,11 @@ class Members:
                 if kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in about):
                     raise self._wrong(offset, "a sparse file, which does not lie in one piece; pack it anew")
                 name = about.get(b"path") or _name(block)
-                if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith(b"/")):  # what it states says nothing
-                    size = 0
-                elif b"size" in about:
+                if b"size" in about:
                     size = int(about[b"size"])
-                if kind in _REGULAR:
+                if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith(b"/")):
+                    size = 0  # whatever it states
+                elif kind in _REGULAR:
                     if start + size > self.size:
                         raise self._truncated(offset)
                     yield Member(name, start, size, zlib.crc32(block))

@@ -14,12 +14,12 @@ import numpy as np
 from vitds.data.class_names import ClassNumbers, read_class_names
 from vitds.data.images import Unusable
 from vitds.data.source import Label, Sample, Source
-from vitds.data.tar.first_use import indexed
+from vitds.data.tar.first_use import indexed, shards_at
 from vitds.data.tar.index import Head, index_path
 from vitds.data.tar.members import BLOCK, Members
 from vitds.data.tar.shard import Shard
 from vitds.errors import UserError
-from vitds.shards import find_shards, shard_names
+from vitds.shards import shard_names
 
 if TYPE_CHECKING:
     from vitds.data.section import SourceSection
@@ -43,10 +43,7 @@ class Tar(Source):
         place = f"vitds.data.{role}"
         if section.path is None:
             raise UserError(f"{place}.path: missing; source 'tar' needs a tar, a folder of them or a pattern")
-        try:
-            shards = find_shards(section.path)
-        except UserError as error:
-            raise UserError(f"{place}.path: {error}") from error
+        shards = shards_at(section.path, f"{place}.path")
         self._index_dir, self._label_key = section.index_dir, section.label_key
         heads = indexed(shards, section.index_dir, section.label_key, place)
         # Arrays, for Python's own strings would be copied into every worker as their reference counts change.
