@@ -28,12 +28,14 @@ def images(tmp_path):
 
 
 def section(name, tmp_path):
-    return {
-        "digits": SourceSection("digits"),
-        "synthetic": SourceSection("synthetic", num_images=100, num_classes=7, image_size=12),
-        "folder": SourceSection("folder", path=str(tmp_path)),
-        "tar": SourceSection("tar", path=str(tar_of_folder(tmp_path))),
-    }[name]
+    made = {
+        "digits": lambda: SourceSection("digits"),
+        "synthetic": lambda: SourceSection("synthetic", num_images=100, num_classes=7, image_size=12),
+        "folder": lambda: SourceSection("folder", path=str(tmp_path)),
+        "tar": lambda: SourceSection("tar", path=str(tar_of_folder(tmp_path))),
+        "hf": lambda: SourceSection("hf", path=str(data_set_of_folder(tmp_path))),
+    }
+    return made[name]()
 
 
 def tar_of_folder(folder):
@@ -49,9 +51,20 @@ def tar_of_folder(folder):
     return folder
 
 
+def data_set_of_folder(folder):
+    """The folder's PNGs as Arrow files."""
+    datasets = pytest.importorskip("datasets")
+    files = sorted(folder.glob("*/*.png"))
+    columns = {"image": [str(path) for path in files], "label": [path.parent.name for path in files]}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(set(columns["label"])))}
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(folder / ".data")
+    return folder / ".data"
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_source_keeps_the_contract(name, images):
-    first, second = (build_source(section(name, images), "train") for _ in range(2))
+    of_it = section(name, images)
+    first, second = (build_source(of_it, "train") for _ in range(2))
     copy = pickle.loads(pickle.dumps(first))
     assert len(first) == len(second) == len(copy) > 0
     keys = set()

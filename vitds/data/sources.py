@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from vitds.data.digits import Digits
 from vitds.data.exclusion import leave_out
 from vitds.data.folder import Folder
+from vitds.data.hf import HuggingFace
 from vitds.data.source import Source
 from vitds.data.synthetic import Synthetic
 from vitds.data.tar import Tar
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 Role = Literal["train", "eval"]
 
 
-SOURCES: dict[str, type[Source]] = {"digits": Digits, "synthetic": Synthetic, "folder": Folder, "tar": Tar}
+SOURCES: dict[str, type[Source]] = {
+    "digits": Digits,
+    "synthetic": Synthetic,
+    "folder": Folder,
+    "tar": Tar,
+    "hf": HuggingFace,
+}
 
 
 OWN_KEYS = (
