@@ -375,6 +375,40 @@ def test_another_run_is_refused(tmp_path: Path, key: str, value: Any, line: str)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+IMAGES = {"train": {"images": 9, "digest": "ab"}, "eval": {"images": 4, "digest": "cd"}}
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"images": 8, "digest": "ef"}, "9 images then, 8 now"),
+        ({"images": 9, "digest": "ef"}, "9 images as before, but"),
+    ],
+)
+def test_other_training_images_are_another_run(tmp_path: Path, training: dict[str, Any], said: str) -> None:
+    RunDirectory(tmp_path).write_config(RUN, IMAGES)
+    run = RunDirectory(tmp_path)
+    for refuse in (run.refuse_other_run, run.write_config):
+        with pytest.raises(UserError, match=f"holds a run on other training images: {said}"):
+            refuse(RUN, IMAGES | {"train": training})
+    assert json.loads((tmp_path / "images.json").read_text()) == IMAGES
+    run.write_config(RUN, IMAGES)
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_other_evaluation_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, fewer = RunDirectory(tmp_path), IMAGES | {"eval": {"images": 3, "digest": "ef"}}
+    run.write_config(RUN, {"train": IMAGES["train"]})
+    run.write_config(RUN, IMAGES)  # an evaluation that there was not before
+    assert capsys.readouterr().err == ""
+    run.refuse_other_run(RUN, fewer)
+    run.write_config(RUN, fewer)
+    assert "vitds.data.eval: other images than at the last start: 4 images then, 3 now" in capsys.readouterr().err
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["kind"], event["role"]) == ("images", "eval")
+    assert json.loads((tmp_path / "images.json").read_text()) == fewer
+
+
 def test_what_may_change_is_kept_and_told(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.stored_config() is None

@@ -18,6 +18,7 @@ from vitds.cluster.watch.bulletin import KEPT, Bulletin
 from vitds.cluster.watch.incidents import can_be_judged, is_of_a_connection, judge, named, one_line
 from vitds.cluster.watch.rhythm import Rhythm
 from vitds.cluster.watch.stacks import Place, standing
+from vitds.data.storage import StorageError
 from vitds.errors import UserError
 from vitds.sections import parse
 
@@ -310,6 +311,7 @@ def test_errors_of_connections() -> None:
     assert is_of_a_connection(RuntimeError("NCCL error in: x.cpp:1, remote process exited"))
     assert not is_of_a_connection(RuntimeError("CUDA out of memory"))
     assert not is_of_a_connection(ValueError("Connection closed by peer"))
+    assert not is_of_a_connection(StorageError("x.tar: cannot be read (Connection timed out), 6 attempts in 41 s"))
     assert not is_of_a_connection(OSError(28, "No space left on device"))
     outer = ValueError("while stepping")
     outer.__cause__ = RuntimeError("Connection reset by peer")
