@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable
 from typing import Any
 
+from vitds.data.storage import StorageError
 from vitds.data_verbs import bench, dedup, index, pack, stats
+from vitds.errors import Stopped
+from vitds.json_files import say
 
 VERBS = {"index": index, "bench": bench, "pack": pack, "stats": stats, "dedup": dedup}
 """Each has a first line of its docstring that says what it does, `add_arguments(parser)` and `run(options, load)`."""
@@ -22,7 +26,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
-    """Do what `add_verbs` has parsed; the exit code.
+    """Do what `add_verbs` has parsed; the exit code: 1 also where storage fails, 130 where the user ends it.
 
     Args:
         load: vitds.config.load_run_file, which lives on a higher floor.
@@ -30,4 +34,11 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     Raises:
         UserError: arguments, a run file or images that cannot be used as they are.
     """
-    return VERBS[options.action].run(options, load)
+    try:
+        return VERBS[options.action].run(options, load)
+    except (StorageError, Stopped) as error:
+        say(f"vitds: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("vitds: stopped")
+        return 128 + signal.SIGINT

@@ -1,0 +1,89 @@
+"""Arguments that several verbs take, and the images that they name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitds.data import Source, SourceSection, build_source
+from vitds.data.exclusion import leave_out
+from vitds.data.folder import Folder
+from vitds.data.sources import Role
+from vitds.errors import UserError
+
+
+def at_least_one(text: str) -> int:
+    """A whole number ≥ 1, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number ≥ 1, found {text!r}")
+    return int(text)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, by default one for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=at_least_one, default=cores, metavar="N", help=f"processes; {cores} here")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add --config and --set."""
+    parser.add_argument("--config", help="the run file whose images are meant")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for training")
+
+
+def open_folder(path: str, exclude: str | None) -> tuple[Source, str]:
+    """A folder of class folders without the images that a list excludes, and its absolute path.
+
+    Raises:
+        UserError: it cannot be listed, a class has a name that is not Unicode, or the list is not of this folder.
+    """
+    folder = _named("--from", lambda: Folder(SourceSection("folder", path=path), "train"))
+    for name in folder.class_names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise UserError(f"--from {path!r}: the name of the class folder {name!r} is not UTF-8; rename it")
+    return folder if exclude is None else leave_out(folder, exclude, "--exclude"), folder.root
+
+
+def open_path(path: str, argument: str) -> Source:
+    """The images at a path; which source reads them is seen from what lies there.
+
+    Raises:
+        UserError: that source cannot read it; `argument` names the path.
+    """
+    section = SourceSection(source_for(path), path=path)
+    return _named(argument, lambda: build_source(section, "train"))
+
+
+def source_for(path: str) -> str:
+    """Name of the source that reads what is at `path`: tar for shards, hf for a data set, else folder."""
+    place = Path(path).expanduser()
+    names = [entry.name for entry in place.iterdir()] if place.is_dir() else []
+    if any(name.endswith(".tar") for name in [*names, path]) or any(sign in path for sign in ("{", "*", "::")):
+        return "tar"
+    data_set = {"dataset_info.json", "dataset_dict.json", "state.json"}
+    if data_set & {*names} or any(name.endswith(".parquet") for name in names) or (place / "data").is_dir():
+        return "hf"
+    return "folder"
+
+
+def open_role(run_file: Any, role: Role) -> Source:
+    """The images of a loaded run file's role, also those that it excludes.
+
+    Raises:
+        UserError: the run file names none for the role, or they cannot be read.
+    """
+    section = getattr(run_file.vitds.data, role)
+    if section is None:
+        raise UserError(f"vitds.data.{role}: missing")
+    return build_source(section, role)
+
+
+def _named(argument: str, build: Callable[[], Any]) -> Any:
+    """What `build` builds; in its messages the argument stands for the key of a run file."""
+    try:
+        return build()
+    except UserError as error:
+        raise UserError(str(error).replace("vitds.data.train.path", argument)) from None
