@@ -79,7 +79,7 @@ def test_mistakes_end_with_exit_code_2(shards, capsys):
     (shards / "file").write_text("")
     for arguments, message in (
         (["--path", shards / "{0..9}.tar"], "vitds: --path: 5 of the 10 shards"),
-        (["--path", shards, "--index-dir", shards / "file"], "cannot be written: Not a directory"),
+        (["--path", shards, "--index-dir", shards / "file"], "cannot be written: File exists"),
     ):
         code, _, err = index(capsys, *arguments)
         assert (code, message in err) == (2, True), err

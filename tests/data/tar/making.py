@@ -10,7 +10,7 @@ from PIL import Image
 def image(number, form="PNG"):
     """A small picture that is another for each number."""
     data = io.BytesIO()
-    Image.fromarray(np.full((4, 5, 3), number, np.uint8)).save(data, form)
+    Image.fromarray(np.full((4, 5, 3), (number >> 16, number >> 8 & 255, number & 255), np.uint8)).save(data, form)
     return data.getvalue()
 
 

@@ -14,6 +14,8 @@ from vitds.json_files import say
 from vitds.progress import Progress
 from vitds.shards import find_shards
 
+_AT_ONCE = 4096
+"""Shards that wait for the threads: what waits takes a kilobyte each."""
 READERS = 16
 """Threads that look at indices: a file server is slow to answer one question, not many."""
 
@@ -46,21 +48,21 @@ def indexed(shards: Sequence[str], index_dir: str | None, label_key: str | None,
         StorageError: a shard or an index cannot be read.
     """
     heads: list[Head | None] = []
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        Progress("indices read", len(shards), unit="shards", after=5) as progress,
-    ):
-        for head in pool.map(lambda shard: current_head(shard, index_dir, label_key), shards):
-            heads.append(head)
-            progress.add()
+    with Progress("indices read", len(shards), "shards", after=5) as progress, ThreadPoolExecutor(READERS) as pool:
+        for first in range(0, len(shards), _AT_ONCE):
+            part = shards[first : first + _AT_ONCE]
+            heads += pool.map(lambda shard: current_head(shard, index_dir, label_key), part)
+            if dist.is_main():
+                progress.add(len(part))
     missing = [i for i, head in enumerate(heads) if head is None]
     if missing:
         _announce([shards[i] for i in missing], len(shards), index_dir, label_key)
-        with Progress("shards indexed", len(missing), unit="shards", after=5) as progress:
+        with Progress("shards indexed", len(missing), "shards", after=5) as progress:
             for i in in_turn(missing, dist.rank(), dist.world_size()):
                 path = index_path(shards[i], index_dir, label_key)
                 heads[i] = current_head(shards[i], index_dir, label_key) or _built(shards[i], path, label_key, place)
-                progress.add()
+                if dist.is_main():
+                    progress.add()
     return [head for head in heads if head is not None]
 
 

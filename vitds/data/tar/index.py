@@ -158,9 +158,7 @@ def read_head(path: str) -> Head | None:
                 length = int.from_bytes(file.read(8), "little")
                 bytes_there = os.fstat(file.fileno()).st_size
                 head, tensors = _parse(file.read(length) if length < bytes_there else b"")
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
         ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
         return head if head.format == FORMAT and 8 + length + max(ends) == bytes_there else None
