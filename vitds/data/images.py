@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's decoders that may run, whatever a file is called: others shell out (EPS) or are seldom images at all."""
@@ -89,8 +89,10 @@ def decode_lazily(data: bytes) -> Image.Image | LazyJpeg:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # whose own message names an address in memory
+        raise Unusable(f"cannot identify it as {', '.join(FORMATS)}" if data else "no bytes") from None
     except Exception as error:  # On bad bytes decoders raise OSError, SyntaxError, ValueError, struct.error, …
-        raise Unusable(f"{type(error).__name__}: {error}" if data else "no bytes") from error
+        raise Unusable(f"{type(error).__name__}: {error}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Unusable(f"{width}×{height} pixels are more than {MAX_PIXELS}")
