@@ -5,6 +5,7 @@ import itertools
 import pytest
 from PIL import Image
 
+from tests.test_dist import two_ranks
 from vitds.data import BadSample, BadSamples, DataSection, SourceSection, TooManyBad, TrainLoader, build_source
 from vitds.errors import UserError
 from vitds.json_files import read_rows
@@ -73,6 +74,35 @@ def test_the_console_names_the_first_few(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert said[:5] == [f"vitds: bad sample of vitds.data.train: a/{number}.png: torn" for number in range(5)]
     assert len(said) == 6 and "bad_samples.jsonl" in said[5]
+
+
+TWO_RANKS = """
+from tests.test_dist import two_ranks
+from vitds.data import BadSample, BadSamples, TooManyBad
+from vitds.run_directory import RunDirectory
+with RunDirectory(root) as directory:
+    bad = BadSamples(3, directory)
+    mine = [[BadSample("a", "torn", 30)], [BadSample("b", "torn", 9), BadSample("a", "torn", 4)]][rank]
+    bad.meet("train", mine)
+    bad.share()
+    found["shared"] = [[one.key, one.position] for one in bad.found("train")]
+    bad.meet("train", [BadSample("cd"[rank], "torn", 50)])
+    try:
+        bad.share()
+    except TooManyBad as error:
+        found["refused"] = str(error)
+leave()
+"""
+
+
+def test_ranks_count_together(tmp_path):
+    """Three each would be allowed; four in all are not, and one that both have met is one."""
+    (ours, theirs), said = two_ranks(tmp_path, TWO_RANKS)
+    assert ours == theirs
+    assert ours["shared"] == [["a", 4], ["b", 9]]
+    assert ours["refused"].startswith("vitds.data.train: 4 images cannot be used (vitds.data.max_bad_samples is 3): a ")
+    assert [row["key"] for row in read_rows(tmp_path / "bad_samples.jsonl")] == ["a", "b", "c", "d"]
+    assert [text.count("vitds: bad sample") for text in said] == [4, 0]
 
 
 @pytest.fixture

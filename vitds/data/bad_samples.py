@@ -91,8 +91,7 @@ class BadSamples:
         self._untold.clear()
         new: dict[tuple[Role, str], BadSample] = {}
         for name, bad in sorted(told, key=lambda item: item[1].position):
-            if name not in self._known:
-                new.setdefault(name, bad)
+            new.setdefault(name, bad)
         self._known |= new
         if dist.is_main():
             self._keep(new)
