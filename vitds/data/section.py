@@ -31,7 +31,9 @@ class SourceSection:
     image_key: str | None = key(None, "Column of a data set's images; its only Image column when absent (source hf).")
     exclude: str | None = key(None, "File that names images to leave out, as `vitds data dedup` writes it.")
     split: str | None = key(
-        None, "Which part of the digits (train, eval) or of a data set; that of the role when absent."
+        None,
+        "Which part of the digits (train, eval) or of a data set; that of the role when absent (of a data set: train; the "
+        "first there is of validation, eval, test).",
     )
     num_images: int | None = key(None, "Number of synthetic images; 10000 when absent.")
     num_classes: int | None = key(None, "Number of classes of the synthetic images; 1000 when absent.")
@@ -59,13 +61,13 @@ class OrderSection:
 
     kind: str = key(
         "full",
-        "full: any image may follow any other. windowed: neighbours in storage are visited close together, for disks and "
-        "object mounts.",
+        "full: any image may follow any other. windowed: neighbours in storage are read together, for disks and object "
+        "mounts; the images must be stored shuffled, as `vitds data pack` does (docs/data.md).",
         choices=("full", "windowed"),
     )
     run_images: int = key(16, "Neighbours that stay together and are read in one piece (windowed).")
     block_images: int = key(1024, "Neighbours that are visited within one window (windowed).")
-    window_blocks: int = key(64, "Blocks from anywhere whose runs are mixed with each other (windowed).")
+    window_blocks: int = key(64, "Blocks from anywhere whose runs are mixed with each other, at most (windowed).")
 
     def __post_init__(self) -> None:
         check_least("vitds.data.order", self, run_images=1, block_images=1, window_blocks=1)
