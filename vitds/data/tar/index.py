@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -173,18 +174,19 @@ def open_index(path: str) -> Index:
         OSError: it cannot be read.
         ValueError, KeyError, TypeError: it is none.
     """
-    mapped = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    head, tensors = _parse(mapped[8:start].tobytes())
-    arrays = {}
-    for name, tensor in tensors.items():
-        first, last = tensor["data_offsets"]
-        arrays[name] = np.asarray(mapped[start + first : start + last]).view(_DTYPES[tensor["dtype"]])
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    head, tensors = _parse(mapped[8:start])
+    arrays = {
+        name: np.ndarray(tensor["shape"], _DTYPES[tensor["dtype"]], mapped, start + tensor["data_offsets"][0])
+        for name, tensor in tensors.items()
+    }
     return Index(head, **arrays)
 
 
 def _parse(header: bytes) -> tuple[Head, dict[str, Any]]:
-    tensors = json.loads(header)
+    tensors = json.loads(header.decode())
     return Head(**json.loads(tensors.pop("__metadata__")["index"])), tensors
 
 

@@ -24,7 +24,7 @@ from vitds.shards import shard_names
 if TYPE_CHECKING:
     from vitds.data.section import SourceSection
 
-OPEN_SHARDS = 96
+OPEN_SHARDS = 192
 """As many are kept open in each process, each by two file descriptors."""
 GAP, PIECE = 64 << 10, 64 << 20
 """Images with fewer bytes than `GAP` between them are read in one piece, of at most `PIECE` bytes."""
