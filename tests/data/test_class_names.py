@@ -31,6 +31,7 @@ def test_names_are_numbered_in_their_order(tmp_path, text):
         (None, "cannot be read: No such file"),
         (b"\xff\xfe", "cannot be read: .*codec"),
         (b'["a",', "cannot be read: Expecting value"),
+        (b'{"a": 0}', "is to list names in the order of their numbers, and holds a JSON object"),
         (b"[1, 2]", "is to list names, and holds 1"),
         (b"\n\n", "names no class; expected one name a line"),
         (b"a\n\nb\n", "has no name for class 1"),

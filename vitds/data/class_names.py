@@ -20,10 +20,12 @@ def read_class_names(path: str, place: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        names = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{place}: {path!r} cannot be read: {reason}") from error
+    if not isinstance(names, list):
+        raise UserError(f"{place}: {path!r} is to list names in the order of their numbers, and holds a JSON object")
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise UserError(f"{place}: {path!r} is to list names, and holds {wrong[0]!r}")
