@@ -29,7 +29,10 @@ class Numbers(Source):
     def read(self, index):
         if not 0 <= index < self.size:
             raise IndexError(index)
-        return str(index).encode(), 0, f"n/{index}"
+        return str(index).encode(), index, f"n/{index}"
+
+    def count_labels_from(self, bound):
+        return max(0, self.size - bound)
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
@@ -51,6 +54,7 @@ def test_the_digest_tells_what_is_left_out():
     digests = {whole.digest(), *(Excluding(whole, np.array(e)).digest() for e in ([3], [4], [3, 4], [49]))}
     assert len(digests) == 5
     assert Excluding(whole, np.array([4, 3, 4])).digest() == Excluding(whole, np.array([3, 4])).digest()
+    assert [Excluding(whole, np.array([3, 47, 49])).count_labels_from(bound) for bound in (47, 49, 50)] == [1, 0, 0]
     copy = pickle.loads(pickle.dumps(Excluding(whole, np.array([0]))))
     assert copy.key(0) == "n/1"
 

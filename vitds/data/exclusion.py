@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vitds.data.source import Sample, Source
+from vitds.data.images import Unusable
+from vitds.data.source import Label, Sample, Source
 from vitds.errors import UserError
 
 
@@ -52,11 +53,24 @@ class Excluding(Source):
         ours = at - np.searchsorted(self.excluded, at)
         return {key: int(index) for key, index, keep in zip(found, ours, kept, strict=True) if keep}
 
+    def count_labels_from(self, bound: int) -> int:
+        found = self.source.count_labels_from(bound)
+        if found:  # Seldom, and then those that are left out do not count: their labels may be why.
+            labels = (self.source.read(index)[1] for index in self.excluded.tolist())
+            found -= sum(
+                not isinstance(label, Unusable) and max(_listed(label), default=-1) >= bound for label in labels
+            )
+        return found
+
     def digest(self) -> str:
         """Of the source's own and of what is left out of it."""
         found = hashlib.blake2b(self.source.digest().encode(), digest_size=16)
         found.update(self.excluded.astype("<i8").tobytes())
         return found.hexdigest()
+
+
+def _listed(label: Label) -> list[int]:
+    return label if isinstance(label, list) else [label]
 
 
 def leave_out(source: Source, path: str, place: str) -> Source:

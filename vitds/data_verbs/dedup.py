@@ -1,18 +1,298 @@
-"""`vitds data dedup`: find near-duplicates of the evaluation images among the training images, and write them as a list to exclude."""
+"""`vitds data dedup`: find near-duplicates of the evaluation images among the training images, and list them to exclude."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from vitds.data import Source, build_source
+from vitds.data.images import Unusable
+from vitds.data_verbs.arguments import add_config, add_workers, open_path, open_role
+from vitds.data_verbs.near import Near
+from vitds.data_verbs.phash import EDGE, hashes, is_flat, similarity, small_grey
+from vitds.data_verbs.workers import each
 from vitds.errors import UserError
+from vitds.progress import Progress
+
+DISTANCE, SIMILARITY = 10, 0.9
+PIECE = 4096
+"""Images hashed, and kept in a file, together."""
+READ_TOGETHER = 64
+FORMAT = 1
+SOUND, FLAT, BROKEN = range(3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `vitds data dedup` takes."""
+    add_config(parser)
+    parser.add_argument("--train-path", help="in place of a run file: a folder, tar shards or a data set")
+    parser.add_argument("--eval-path", help="the images that training must not have seen")
+    parser.add_argument("--out", required=True, type=Path, help="the list, for vitds.data.train.exclude")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="hashes are kept here; FILE.work when absent")
+    parser.add_argument(
+        "--distance",
+        type=_distance,
+        default=DISTANCE,
+        metavar="D",
+        help=f"most of 63 bits that differ; {DISTANCE} by default",
+    )
+    parser.add_argument(
+        "--similarity",
+        type=_similarity,
+        default=SIMILARITY,
+        metavar="S",
+        help=f"least correlation; {SIMILARITY} by default",
+    )
+    add_workers(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """Images of a source from `first` on."""
+
+    first: int
+    words: np.ndarray
+    """uint64 (B,); 0 where `state` is not SOUND."""
+    state: np.ndarray
+    """uint8 (B,)."""
+    small: np.ndarray | None
+    """uint8 (B, 32, 32), of images that have just been decoded."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A training image that looks like an evaluation image: one line of the list."""
+
+    key: str
+    near: str
+    distance: int
+    similarity: float
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A piece of the training images, compared."""
+
+    images: int
+    flat: int
+    broken: int
+    candidates: int
+    """Pairs of near hashes."""
+    matches: list[Match]
 
 
 def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
-    """Do it; the exit code."""
-    raise UserError("vitds data dedup: to come")
+    """Compare, and write the list. Cut short, the same command goes on; with other thresholds it does not decode again.
+
+    Raises:
+        UserError: images that cannot be opened, or the same ones on both sides; a place that cannot be written.
+        StorageError: an image cannot be read.
+    """
+    started = time.monotonic()
+    train, evaluation = _sources(options, load)
+    if train.digest() == evaluation.digest():
+        raise UserError("vitds data dedup: the training and the evaluation images are the same")
+    work = options.work or options.out.with_name(f"{options.out.name}.work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--work {str(work)!r}: {error.strerror}") from None
+
+    known = Known.build(evaluation, work, options)
+    parts = dict.fromkeys(("images", "flat", "broken", "candidates"), 0)
+    matches: list[Match] = []
+    digest = train.digest()
+
+    def compare(piece: range) -> Compared:
+        return known.compare(train, hashed(train, digest, piece, work), options.similarity)
+
+    with Progress("training images", len(train)) as progress:
+        with contextlib.closing(each(compare, _pieces(train), options.workers)) as results:
+            for one in results:
+                matches += one.matches
+                parts = {name: count + getattr(one, name) for name, count in parts.items()}
+                progress.add(one.images)
+    _write(options.out, matches)
+    seconds = time.monotonic() - started
+    summary = {
+        "train": parts, "eval": {"images": len(evaluation), "flat": known.flat, "broken": known.broken},
+        "duplicates": len(matches), "mirrored": sum(match.mirrored for match in matches),
+        "of_eval_images": len({match.near for match in matches}), "distance": options.distance,
+        "similarity": options.similarity, "out": str(options.out), "seconds": round(seconds, 2),
+    }  # fmt: skip
+    if options.json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(_described(summary)))
+    return 0
+
+
+def _sources(options: argparse.Namespace, load: Callable[..., Any]) -> tuple[Source, Source]:
+    if options.config is not None and options.train_path is None and options.eval_path is None:
+        run_file = load(options.config, options.set, world_size=None)
+        # All of them: a list that was made before must not keep its own images out of the next.
+        section = dataclasses.replace(run_file.vitds.data.train, exclude=None)
+        return build_source(section, "train"), open_role(run_file, "eval")
+    if options.config is None and options.train_path is not None and options.eval_path is not None:
+        return open_path(options.train_path, "--train-path"), open_path(options.eval_path, "--eval-path")
+    raise UserError("vitds data dedup: give either --config, or --train-path and --eval-path")
+
+
+@dataclass(frozen=True)
+class Known:
+    """The evaluation images, to which training images are compared."""
+
+    source: Source
+    indices: np.ndarray
+    """Of those that are neither flat nor broken, (M,)."""
+    small: np.ndarray
+    """Their small grey versions, uint8 (M, 32, 32)."""
+    near: Near
+    """Words 0 … M − 1 are theirs, M … 2M − 1 those of their mirror images."""
+    flat: int
+    broken: int
+
+    @classmethod
+    def build(cls, source: Source, work: Path, options: argparse.Namespace) -> Known:
+        """Decode and hash the evaluation images; they are few, and are decoded again each time."""
+        pieces = []
+        with Progress("evaluation images", len(source)) as progress:
+            with contextlib.closing(
+                each(lambda piece: decoded(source, piece), _pieces(source), options.workers)
+            ) as results:
+                for one in results:
+                    pieces.append(one)
+                    progress.add(len(one.state))
+        state = np.concatenate([one.state for one in pieces])
+        sound = state == SOUND
+        small = np.concatenate([one.small for one in pieces if one.small is not None])[sound]
+        if not len(small):
+            raise UserError(f"vitds data dedup: none of the {len(source)} evaluation images can be compared")
+        near = Near(np.concatenate([hashes(small), hashes(small, mirrored=True)]), options.distance)
+        return cls(source, np.flatnonzero(sound), small, near, int((state == FLAT).sum()), int((state == BROKEN).sum()))
+
+    def compare(self, train: Source, piece: Hashed, least: float) -> Compared:
+        """For each training image of the piece, the evaluation image most like it, if their correlation is `least`."""
+        sound = np.flatnonzero(piece.state == SOUND)
+        query, word = self.near.pairs(piece.words[sound])
+        rows, row_of_pair = np.unique(sound[query], return_inverse=True)
+        if piece.small is not None:
+            small = piece.small[rows]
+        else:  # hashed by a start before this one: only the few that are near to something are decoded again
+            small = np.array([small_grey(sample[0]) for sample in train.read_many((piece.first + rows).tolist())])
+            small = small.reshape(-1, EDGE, EDGE)
+        member, mirrored = word % len(self.indices), word >= len(self.indices)
+        alike = np.empty(len(word))
+        for some in (slice(i, i + READ_TOGETHER) for i in range(0, len(word), READ_TOGETHER)):
+            theirs = self.small[member[some]]
+            theirs = np.where(mirrored[some, None, None], theirs[:, :, ::-1], theirs)
+            alike[some] = similarity(small[row_of_pair[some]], theirs)
+        best: dict[int, tuple[float, int, int]] = {}
+        distances = np.bitwise_count(piece.words[sound][query] ^ self.near.words[word])
+        for row, value, distance, at in zip(
+            row_of_pair.tolist(), alike.tolist(), distances.tolist(), word.tolist(), strict=True
+        ):
+            if value >= least:
+                best[row] = min(best.get(row, (2.0, 0, 0)), (-value, distance, at))
+        matches = [
+            Match(
+                train.key(piece.first + int(rows[row])), self.source.key(int(self.indices[at % len(self.indices)])),
+                distance, round(-value, 4), at >= len(self.indices),
+            )
+            for row, (value, distance, at) in sorted(best.items())
+        ]  # fmt: skip
+        flat, broken = ((piece.state == what).sum() for what in (FLAT, BROKEN))
+        return Compared(len(piece.state), int(flat), int(broken), len(word), matches)
+
+
+def hashed(source: Source, digest: str, piece: range, work: Path) -> Hashed:
+    """The hashes of these images, from the working directory or decoded and kept there."""
+    path = work / f"{digest}-{piece.start:012d}-{len(piece)}-v{FORMAT}.safetensors"
+    if path.exists():
+        kept = load_file(path)
+        return Hashed(piece.start, kept["words"], kept["state"], None)
+    found = decoded(source, piece)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({"words": found.words, "state": found.state}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--work {str(work)!r}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return found
+
+
+def decoded(source: Source, piece: range) -> Hashed:
+    """These images decoded small, and hashed."""
+    small = np.zeros((len(piece), EDGE, EDGE), dtype=np.uint8)
+    state = np.zeros(len(piece), dtype=np.uint8)
+    for first in range(0, len(piece), READ_TOGETHER):
+        for i, (image, _, _) in enumerate(source.read_many(piece[first : first + READ_TOGETHER]), first):
+            try:
+                small[i] = small_grey(image)
+            except Unusable:
+                state[i] = BROKEN
+    state[(state == SOUND) & is_flat(small)] = FLAT
+    return Hashed(piece.start, np.where(state == SOUND, hashes(small), np.uint64(0)), state, small)
+
+
+def _pieces(source: Source) -> list[range]:
+    return [range(first, min(first + PIECE, len(source))) for first in range(0, len(source), PIECE)]
+
+
+def _write(out: Path, matches: Sequence[Match]) -> None:
+    lines = [json.dumps(vars(match), ensure_ascii=False) + "\n" for match in sorted(matches, key=lambda one: one.key)]
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _described(found: dict[str, Any]) -> list[str]:
+    train, evaluation = found["train"], found["eval"]
+    lines = [
+        f"{found['duplicates']} of {train['images']} training images look like {found['of_eval_images']} of "
+        f"{evaluation['images']} evaluation images, {found['mirrored']} of them mirrored",
+        f"{train['candidates']} pairs had near hashes (at most {found['distance']} bits apart); correlation "
+        f"{found['similarity']:g} or more made them duplicates",
+    ]
+    for role, counts in (("training", train), ("evaluation", evaluation)):
+        if counts["flat"] or counts["broken"]:
+            lines.append(f"not compared: {counts['flat']} flat and {counts['broken']} broken {role} images")
+    return [*lines, f"{found['out']}: give it as vitds.data.train.exclude"]
+
+
+def _distance(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text) < 16:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 15, found {text!r}")
+    return int(text)
+
+
+def _similarity(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], found {text!r}")
+    return value
