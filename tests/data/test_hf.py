@@ -273,6 +273,14 @@ def test_digest_is_of_the_images_not_of_the_files(tmp_path, cache):
     assert len(digests) == 6
 
 
+def test_parquet_that_was_replaced_is_read_anew(tmp_path):
+    table(4).to_parquet(tmp_path / "train.parquet")
+    before = hf(tmp_path)
+    table(4, 50).to_parquet(tmp_path / "train.parquet")
+    after = hf(tmp_path)
+    assert (before.read(2)[0], after.read(2)[0]) == (png(2), png(52))
+
+
 def test_workers_read_it_as_the_rank_does(tmp_path):
     saved_to_disk(tmp_path)
     section = SourceSection("hf", path=str(tmp_path), transforms=[])

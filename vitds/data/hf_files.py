@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitds.errors import UserError
+from vitds.json_files import read_object
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,9 +32,8 @@ def find_splits(root: str, place: str) -> dict[str | None, list[str]]:
     """
     if not os.path.isdir(root):
         raise UserError(f"{place}: {root!r} is {'not a directory' if os.path.exists(root) else 'not there'}")
-    if os.path.exists(index := os.path.join(root, "dataset_dict.json")):
-        with open(index, encoding="utf-8") as file:
-            return {name: [] for name in json.load(file)["splits"]}
+    if (index := Path(root, "dataset_dict.json")).exists():
+        return {name: [] for name in read_object(index)["splits"]}
     if os.path.exists(os.path.join(root, "state.json")):
         return {None: []}
     files = sorted(
