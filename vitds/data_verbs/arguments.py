@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,11 +61,13 @@ def open_path(path: str, argument: str) -> Source:
 def source_for(path: str) -> str:
     """Name of the source that reads what is at `path`: tar for shards, hf for a data set, else folder."""
     place = Path(path).expanduser()
-    names = [entry.name for entry in place.iterdir()] if place.is_dir() else []
-    if any(name.endswith(".tar") for name in [*names, path]) or any(sign in path for sign in ("{", "*", "::")):
+    if not place.is_dir():  # a tar or a pattern; source tar knows best what is wrong with a path
         return "tar"
-    data_set = {"dataset_info.json", "dataset_dict.json", "state.json"}
-    if data_set & {*names} or any(name.endswith(".parquet") for name in names) or (place / "data").is_dir():
+    if any(entry.suffix == ".tar" for entry in place.iterdir()):
+        return "tar"
+    data_set = [place / name for name in ("dataset_info.json", "dataset_dict.json", "state.json")]
+    parquet = itertools.chain(place.glob("*.parquet"), place.glob("data/*.parquet"))
+    if any(path.exists() for path in data_set) or any(parquet):
         return "hf"
     return "folder"
 

@@ -20,12 +20,12 @@ from vitds.data import Source, build_source
 from vitds.data.images import Unusable
 from vitds.data_verbs.arguments import add_config, add_workers, open_path, open_role
 from vitds.data_verbs.near import Near
-from vitds.data_verbs.phash import EDGE, hashes, is_flat, similarity, small_grey
+from vitds.data_verbs.phash import EDGE, VIEWS, WIDE_EDGE, grey, hashes, is_flat, similarity, view
 from vitds.data_verbs.workers import each
 from vitds.errors import UserError
 from vitds.progress import Progress
 
-DISTANCE, SIMILARITY = 10, 0.9
+DISTANCE, SIMILARITY = 7, 0.9
 PIECE = 4096
 """Images hashed, and kept in a file, together."""
 READ_TOGETHER = 64
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     except OSError as error:
         raise UserError(f"--work {str(work)!r}: {error.strerror}") from None
 
-    known = Known.build(evaluation, work, options)
+    known = Known.build(evaluation, options)
     parts = dict.fromkeys(("images", "flat", "broken", "candidates"), 0)
     matches: list[Match] = []
     digest = train.digest()
@@ -158,31 +158,38 @@ class Known:
     source: Source
     indices: np.ndarray
     """Of those that are neither flat nor broken, (M,)."""
-    small: np.ndarray
-    """Their small grey versions, uint8 (M, 32, 32)."""
+    wide: np.ndarray
+    """Their grey versions, uint8 (M, 64, 64)."""
     near: Near
-    """Words 0 … M − 1 are theirs, M … 2M − 1 those of their mirror images."""
+    """Word (2v + m)·M + i is that of view v of image i, mirrored where m is 1."""
     flat: int
     broken: int
 
     @classmethod
-    def build(cls, source: Source, work: Path, options: argparse.Namespace) -> Known:
-        """Decode and hash the evaluation images; they are few, and are decoded again each time."""
+    def build(cls, source: Source, options: argparse.Namespace) -> Known:
+        """Decode and hash the evaluation images; they are few, and are decoded again each time.
+
+        Raises:
+            UserError: there is none that can be compared.
+        """
         pieces = []
         with Progress("evaluation images", len(source)) as progress:
             with contextlib.closing(
-                each(lambda piece: decoded(source, piece), _pieces(source), options.workers)
+                each(lambda p: decoded(source, p, WIDE_EDGE), _pieces(source), options.workers)
             ) as results:
-                for one in results:
-                    pieces.append(one)
-                    progress.add(len(one.state))
-        state = np.concatenate([one.state for one in pieces])
-        sound = state == SOUND
-        small = np.concatenate([one.small for one in pieces if one.small is not None])[sound]
-        if not len(small):
+                for piece in results:
+                    pieces.append(piece)
+                    progress.add(len(piece[1]))
+        wide, state = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        sound = np.flatnonzero(state == SOUND)
+        if not len(sound):
             raise UserError(f"vitds data dedup: none of the {len(source)} evaluation images can be compared")
-        near = Near(np.concatenate([hashes(small), hashes(small, mirrored=True)]), options.distance)
-        return cls(source, np.flatnonzero(sound), small, near, int((state == FLAT).sum()), int((state == BROKEN).sum()))
+        words = []
+        for number in range(len(VIEWS)):
+            small = np.stack([view(wide[i], number) for i in sound])
+            words += [hashes(small), hashes(small, mirrored=True)]
+        near = Near(np.concatenate(words), options.distance)
+        return cls(source, sound, wide[sound], near, int((state == FLAT).sum()), int((state == BROKEN).sum()))
 
     def compare(self, train: Source, piece: Hashed, least: float) -> Compared:
         """For each training image of the piece, the evaluation image most like it, if their correlation is `least`."""
@@ -192,30 +199,20 @@ class Known:
         if piece.small is not None:
             small = piece.small[rows]
         else:  # hashed by a start before this one: only the few that are near to something are decoded again
-            small = np.array([small_grey(sample[0]) for sample in train.read_many((piece.first + rows).tolist())])
-            small = small.reshape(-1, EDGE, EDGE)
-        member, mirrored = word % len(self.indices), word >= len(self.indices)
-        alike = np.empty(len(word))
-        for some in (slice(i, i + READ_TOGETHER) for i in range(0, len(word), READ_TOGETHER)):
-            theirs = self.small[member[some]]
-            theirs = np.where(mirrored[some, None, None], theirs[:, :, ::-1], theirs)
-            alike[some] = similarity(small[row_of_pair[some]], theirs)
-        best: dict[int, tuple[float, int, int]] = {}
-        distances = np.bitwise_count(piece.words[sound][query] ^ self.near.words[word])
-        for row, value, distance, at in zip(
-            row_of_pair.tolist(), alike.tolist(), distances.tolist(), word.tolist(), strict=True
-        ):
-            if value >= least:
-                best[row] = min(best.get(row, (2.0, 0, 0)), (-value, distance, at))
-        matches = [
-            Match(
-                train.key(piece.first + int(rows[row])), self.source.key(int(self.indices[at % len(self.indices)])),
-                distance, round(-value, 4), at >= len(self.indices),
-            )
-            for row, (value, distance, at) in sorted(best.items())
-        ]  # fmt: skip
-        flat, broken = ((piece.state == what).sum() for what in (FLAT, BROKEN))
-        return Compared(len(piece.state), int(flat), int(broken), len(word), matches)
+            small = np.empty((len(rows), EDGE, EDGE), dtype=np.uint8)
+            for i, (image, _, _) in enumerate(train.read_many((piece.first + rows).tolist())):
+                small[i] = grey(image)
+        distances = np.bitwise_count(piece.words[sound[query]] ^ self.near.words[word])
+        best: dict[int, Match] = {}
+        for row, distance, at in zip(row_of_pair.tolist(), distances.tolist(), word.tolist(), strict=True):
+            kind, member = divmod(at, len(self.indices))
+            theirs = view(self.wide[member], kind // 2)
+            alike = float(similarity(small[row], theirs[:, ::-1] if kind % 2 else theirs))
+            if alike >= least and (row not in best or alike > best[row].similarity):
+                near = self.source.key(int(self.indices[member]))
+                best[row] = Match(train.key(piece.first + int(rows[row])), near, distance, alike, kind % 2 == 1)
+        flat, broken = (int((piece.state == what).sum()) for what in (FLAT, BROKEN))
+        return Compared(len(piece.state), flat, broken, len(word), list(best.values()))
 
 
 def hashed(source: Source, digest: str, piece: range, work: Path) -> Hashed:
@@ -224,7 +221,8 @@ def hashed(source: Source, digest: str, piece: range, work: Path) -> Hashed:
     if path.exists():
         kept = load_file(path)
         return Hashed(piece.start, kept["words"], kept["state"], None)
-    found = decoded(source, piece)
+    small, state = decoded(source, piece)
+    found = Hashed(piece.start, np.where(state == SOUND, hashes(small), np.uint64(0)), state, small)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({"words": found.words, "state": found.state}, temporary)
@@ -237,18 +235,18 @@ def hashed(source: Source, digest: str, piece: range, work: Path) -> Hashed:
     return found
 
 
-def decoded(source: Source, piece: range) -> Hashed:
-    """These images decoded small, and hashed."""
-    small = np.zeros((len(piece), EDGE, EDGE), dtype=np.uint8)
+def decoded(source: Source, piece: range, edge: int = EDGE) -> tuple[np.ndarray, np.ndarray]:
+    """(grey versions, uint8 (B, edge, edge); SOUND, FLAT or BROKEN of each, uint8 (B,)) of these images."""
+    small = np.zeros((len(piece), edge, edge), dtype=np.uint8)
     state = np.zeros(len(piece), dtype=np.uint8)
     for first in range(0, len(piece), READ_TOGETHER):
         for i, (image, _, _) in enumerate(source.read_many(piece[first : first + READ_TOGETHER]), first):
             try:
-                small[i] = small_grey(image)
+                small[i] = grey(image, edge)
             except Unusable:
                 state[i] = BROKEN
     state[(state == SOUND) & is_flat(small)] = FLAT
-    return Hashed(piece.start, np.where(state == SOUND, hashes(small), np.uint64(0)), state, small)
+    return small, state
 
 
 def _pieces(source: Source) -> list[range]:
@@ -256,7 +254,10 @@ def _pieces(source: Source) -> list[range]:
 
 
 def _write(out: Path, matches: Sequence[Match]) -> None:
-    lines = [json.dumps(vars(match), ensure_ascii=False) + "\n" for match in sorted(matches, key=lambda one: one.key)]
+    lines = [
+        json.dumps({**vars(match), "similarity": round(match.similarity, 4)}, ensure_ascii=False) + "\n"
+        for match in sorted(matches, key=lambda one: one.key)
+    ]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text("".join(lines), encoding="utf-8")

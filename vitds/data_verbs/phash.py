@@ -13,8 +13,18 @@ from vitds.data.images import LazyJpeg, decode_lazily
 
 EDGE = 32
 """Height and width of a small grey version."""
-DECODED_EDGE = 2 * EDGE
-"""A JPEG is decoded no smaller than this."""
+WIDE_EDGE = 2 * EDGE
+"""Of the versions from which parts are cut; a JPEG is decoded no smaller than this."""
+VIEWS = (
+    (0.0, 0.0, 1.0),
+    *(
+        (left * lost, top * lost, 1 - lost)
+        for lost in (0.05, 0.1)
+        for left, top in ((0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1))
+    ),
+)
+"""(left, top, edge) of parts of a picture, of its edges: the whole; without a twentieth and a tenth, at the middle and the
+corners. A copy that was cropped looks like one of them."""
 FREQUENCIES = 8
 BITS = FREQUENCIES**2 - 1
 FLAT = 3.0
@@ -27,17 +37,24 @@ _MIRRORED = np.where(np.arange(FREQUENCIES) % 2, -1, 1).astype(np.float32)
 """What becomes of the horizontal frequencies of a picture that is mirrored left to right."""
 
 
-def small_grey(image: bytes | np.ndarray) -> np.ndarray:
-    """The picture squeezed to uint8 (32, 32), grey and upright.
+def grey(image: bytes | np.ndarray, edge: int = EDGE) -> np.ndarray:
+    """The picture squeezed to uint8 (edge, edge), grey and upright.
 
     Raises:
         Unusable: it cannot be decoded.
     """
     picture = decode_lazily(image) if isinstance(image, bytes) else Image.fromarray(image)
     if isinstance(picture, LazyJpeg):
-        spare = min(picture.size) // DECODED_EDGE
+        spare = min(picture.size) // WIDE_EDGE
         picture = picture.decoded(next((scale for scale in (8, 4, 2) if scale <= spare), 1))
-    return np.asarray(picture.convert("L").resize((EDGE, EDGE), Image.Resampling.BOX))
+    return np.asarray(picture.convert("L").resize((edge, edge), Image.Resampling.BOX))
+
+
+def view(wide: np.ndarray, number: int) -> np.ndarray:
+    """Part VIEWS[number] of a grey version (64, 64), squeezed to (32, 32)."""
+    left, top, edge = (WIDE_EDGE * share for share in VIEWS[number])
+    box = (left, top, left + edge, top + edge)
+    return np.asarray(Image.fromarray(wide).resize((EDGE, EDGE), Image.Resampling.BOX, box=box))
 
 
 def hashes(small: np.ndarray, mirrored: bool = False) -> np.ndarray:

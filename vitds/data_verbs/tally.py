@@ -32,7 +32,7 @@ class Tally:
     """Counts over some images. Sizes are upright: what EXIF turns by a quarter has its edges exchanged."""
 
     images: int = 0
-    bytes: int = 0
+    stored_bytes: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     labels_per_image: Counter[int] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
@@ -55,7 +55,7 @@ class Tally:
         """
         image, label, key = sample
         self.images += 1
-        self.bytes += len(image) if isinstance(image, bytes) else image.nbytes
+        self.stored_bytes += len(image) if isinstance(image, bytes) else image.nbytes
         try:
             if isinstance(label, Unusable):
                 raise label
@@ -103,7 +103,7 @@ class Tally:
     def merge(self, other: Tally) -> None:
         """Count what another has counted of other images."""
         self.images += other.images
-        self.bytes += other.bytes
+        self.stored_bytes += other.stored_bytes
         self.broken += other.broken
         for name in ("labels", "labels_per_image", "formats", "kinds", "widths", "heights"):
             getattr(self, name).update(getattr(other, name))
@@ -118,7 +118,7 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
     values = np.array(sorted(counts))
     share = np.cumsum([counts[int(value)] for value in values]) / counts.total()
     at = {"least": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
-    return {name: int(values[min(np.searchsorted(share, part), len(values) - 1)]) for name, part in at.items()}
+    return {name: int(values[min(int(np.searchsorted(share, part)), len(values) - 1)]) for name, part in at.items()}
 
 
 def _orientation(image: Image.Image) -> int:
@@ -139,7 +139,7 @@ def summary(tally: Tally, class_names: list[str]) -> dict[str, Any]:
         for label in classes
     ]
     return {
-        "images": tally.images, "bytes": tally.bytes, "classes": named,
+        "images": tally.images, "bytes": tally.stored_bytes, "classes": named,
         "labels_per_image": {str(count): images for count, images in sorted(tally.labels_per_image.items())},
         "formats": dict(tally.formats.most_common()), "kinds": dict(tally.kinds.most_common()),
         "width": quantiles(tally.widths), "height": quantiles(tally.heights),

@@ -1,0 +1,35 @@
+"""Which source reads what lies at a path."""
+
+import pytest
+from PIL import Image
+
+from vitds.data_verbs.arguments import open_path, source_for
+from vitds.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "source"),
+    [
+        (["ant/a.png"], ".", "folder"),
+        (["data/a.png", "{x}/a.png"], ".", "folder"),
+        (["a.tar", "classes.json"], ".", "tar"),
+        (["a.tar"], "a.tar", "tar"),
+        (["a-0.tar", "a-1.tar"], "a-{0..1}.tar", "tar"),
+        (["data/train-00000.parquet"], ".", "hf"),
+        (["train.parquet"], ".", "hf"),
+        (["dataset_dict.json", "train/state.json"], ".", "hf"),
+    ],
+)
+def test_what_lies_there_tells(files, path, source, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert source_for(str(tmp_path / path)) == source
+
+
+def test_messages_name_the_argument(tmp_path):
+    with pytest.raises(UserError, match=r"^--train-path: .*nowhere"):
+        open_path(str(tmp_path / "nowhere"), "--train-path")
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"^--path: .*no class folders"):
+        open_path(str(tmp_path), "--path")
