@@ -1,6 +1,7 @@
 """A plugin (`vitds.plugins`) of what befalls a run; reads are tried again for a blink instead of 40 s.
 
 VITDS_TEST_GONE=FILE: this image is moved aside to FILE.gone when training begins.
+VITDS_TEST_OTHER=FILE: FILE.other takes its place when training begins.
 VITDS_TEST_DIE=STEP: rank 0 is killed right after this step was logged.
 """
 
@@ -18,15 +19,20 @@ from vitds.run_directory import RunDirectory
 
 storage.RETRY_AFTER_SECONDS = (0.01, 0.02)
 
-if gone := os.environ.get("VITDS_TEST_GONE"):
-    started = RunDirectory.started
+gone, other = os.environ.get("VITDS_TEST_GONE"), os.environ.get("VITDS_TEST_OTHER")
+started = RunDirectory.started
 
-    def started_without(self: RunDirectory, *where: Any) -> None:
-        if dist.is_main():
-            os.rename(gone, f"{gone}.gone")
-        started(self, *where)
 
-    RunDirectory.started = started_without  # type: ignore[method-assign]
+def started_with_a_mishap(self: RunDirectory, *where: Any) -> None:
+    if dist.is_main() and gone:
+        os.rename(gone, f"{gone}.gone")
+    if dist.is_main() and other:
+        os.rename(f"{other}.other", other)
+    dist.barrier()
+    started(self, *where)
+
+
+RunDirectory.started = started_with_a_mishap  # type: ignore[method-assign]
 
 if step := os.environ.get("VITDS_TEST_DIE"):
     record = Recorder.record
