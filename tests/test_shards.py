@@ -108,3 +108,11 @@ def test_hosts_compare_what_a_pattern_means(shards):
     assert digest_of_data(pattern)["digest"] != first["digest"]
     (shards / "a-001.tar").unlink()
     assert digest_of_data(pattern)["error"].startswith(f"{shards}: 1 of the 3 shards or patterns")
+
+
+def test_what_only_one_host_has_indexed_yet_is_no_difference(shards):
+    first = digest_of_data(str(shards))
+    (shards / "a-000.tar.index.safetensors").write_bytes(b"")
+    assert digest_of_data(str(shards)) == first
+    (shards / "a-000.tar.copy").write_bytes(b"")
+    assert digest_of_data(str(shards)) != first

@@ -13,8 +13,8 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import resource
+import runpy
 import signal
 import socket
 import struct
@@ -35,8 +35,6 @@ LOCK_IDLE_SECONDS = 600.0
 """A build that has changed nothing for this long is over, wherever it ran: DeepSpeed's longest file takes a few minutes."""
 LEFTOVERS = "deepspeed_allreduce_buffer_"
 """Name of the shared memory, 69 MB a rank, that DeepSpeed's CPU all-reduce leaves in /dev/shm."""
-MOST_ENTRIES = 2000
-_PATTERN = r"::|[{*?\[]"
 _LOCAL_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
 _HOSTS_OWN_PID_SPACE = 0xEFFFFFFC
 """Inode of the namespace in which every process of the machine is seen."""
@@ -125,47 +123,12 @@ def digest_of_file(path: str) -> str:
         return f"{path}: {error.strerror}"
 
 
-def digest_of_data(path: str, seconds: float = 5.0) -> dict[str, Any]:
-    """{digest, entries}, {error}, or {slow} where it cannot be told, or not within `seconds`: of a directory, or of the
-    tar shards that a pattern means, the names and the sizes of the first files among them, of a file its size."""
-    started, path = time.monotonic(), os.path.expanduser(path)
-    found = hashlib.sha256()
-    try:
-        if os.path.isfile(path):
-            return {"digest": f"{os.path.getsize(path)} bytes", "entries": 1}
-        if re.search(_PATTERN, path) and not os.path.exists(path):
-            shards = module_of("shards")
-            if shards is None:
-                return {"slow": f"{path}: a pattern, which takes vitds to be read"}
-            names = shards.find_shards(path)
-        else:
-            names = sorted(os.listdir(path))
-        for i, name in enumerate(names):
-            found.update(os.path.basename(name).encode(errors="surrogateescape") + b"\0")
-            if i < MOST_ENTRIES:
-                about = os.stat(os.path.join(path, name))
-                if not os.path.isdir(os.path.join(path, name)):
-                    found.update(b"%d\0" % about.st_size)
-                if time.monotonic() - started > seconds:
-                    return {"slow": f"{path}: {i + 1} of {len(names)} entries took {seconds:.0f} s"}
-        return {"digest": found.hexdigest()[:12], "entries": len(names)}
-    except OSError as error:
-        return {"error": f"{path}: {error.strerror}"}
-    except ValueError as error:
-        return {"error": f"{os.path.dirname(re.split(_PATTERN, path)[0])}: {error}"}
-
-
-def module_of(name: str) -> Any | None:
-    """A module of the vitds that is installed which imports none of the rest, alone: all of it would take seconds."""
+def digest_of_data(path: str) -> dict[str, Any]:
+    """As vitds/cluster/doctor/data.py has it, of the vitds that is here."""
     package = sources()
     if package is None:
-        return None
-    spec = importlib.util.spec_from_file_location(f"vitds_{name}", Path(package["from"], f"{name}.py"))
-    if spec is None or spec.loader is None:
-        return None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        return {"slow": f"{path}: there is no vitds that would read it"}
+    return runpy.run_path(f"{package['from']}/cluster/doctor/data.py")["digest_of_data"](path)
 
 
 def accelerators(seconds: float) -> dict[str, Any]:

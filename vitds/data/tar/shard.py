@@ -117,7 +117,7 @@ class Shard:
     def _changed(self, what: str) -> ShardChanged:
         return ShardChanged(
             f"{self.path}: the shard has changed since it was indexed: {what}. The run stops, for its images would be "
-            "others; put the shard back as it was, with its time, and start again"
+            "others; put the shard back as it was and start again"
         )
 
 
