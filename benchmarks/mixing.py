@@ -1,7 +1,7 @@
 """How well the windowed order mixes, and what it saves in reads, beside the full permutation.
 
     python benchmarks/mixing.py [--batch 4096] [--seed 0]            the tables, for a set of ImageNet's size
-    python benchmarks/mixing.py --train RUNS [--steps 600] [--seeds 0 1]    trains on digits sorted by class, in RUNS/
+    python benchmarks/mixing.py --train RUNS [--steps 800] [--seeds 0 1]    trains on digits sorted by class, in RUNS/
 
 In storage sorted by class, neighbours have the same label: the worst case. In shuffled storage, as `vitds data pack`
 makes it, they are strangers, and all that a windowed order loses is what "again" tells.
@@ -124,6 +124,8 @@ def tables(batch: int, seed: int) -> None:
     starts = np.cumsum(sizes + 2048) - sizes  # headers and a label between them
     by_class = np.arange(NUM_IMAGES) * NUM_CLASSES // NUM_IMAGES
     steps = NUM_IMAGES // batch
+    # Micro batches begin and end within runs there; in the first epoch, with runs.
+    in_second_epoch = (NUM_IMAGES // MICRO_BATCH + 1) * MICRO_BATCH + np.arange(2000 * MICRO_BATCH)
     mean = f"{sizes.mean() / 1e3:.0f} kB"
     print(f"{NUM_IMAGES} images in {NUM_CLASSES} classes, {mean} each, global batch {batch}, seed {seed}\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
@@ -131,7 +133,7 @@ def tables(batch: int, seed: int) -> None:
     for name, order in orders(seed, NUM_IMAGES).items():
         first, second = (order.indices(epoch * NUM_IMAGES + np.arange(NUM_IMAGES)) for epoch in (0, 1))
         batches = first[: steps * batch].reshape(steps, batch)
-        micro_batches = first[: 2000 * MICRO_BATCH].reshape(-1, MICRO_BATCH)
+        micro_batches = order.indices(in_second_epoch).reshape(-1, MICRO_BATCH)
         cells, spreads = [], []
         for storage, labels in (("sorted", by_class), ("shuffled", rng.permutation(by_class))):
             classes, variance = class_mixing(batches, labels)
@@ -198,13 +200,15 @@ def trained(run_file: dict[str, Any], place: Path) -> tuple[float, float, float]
 
 
 def train(root: Path, steps: int, seeds: Sequence[int]) -> None:
-    """One run for each storage, order and seed: the digits' own run file, shortened to `steps`."""
+    """One run for each storage, order and seed: the digits' own run file, with a smaller model and `steps`."""
     write_digits(root / "sorted")
     run_file = json.loads((Path(__file__).resolve().parent.parent / "ds_configs" / "digits.json").read_text())
     schedule = {"warmup_steps": steps // 10, "timescale_steps": steps // 5, "cooldown_steps": steps // 3}
     run_file["scheduler"]["params"] = schedule
     settings = run_file["vitds"]
-    settings["train"] |= {"total_steps": steps, "eval_every_steps": steps}
+    settings["model"] |= {"depth": 2, "patch_size": 4}
+    settings["train"] |= {"total_steps": steps, "eval_every_steps": steps, "diagnostics_every_steps": 2 * steps}
+    settings["checkpoint"]["every_steps"] = steps
     print(f"digits, {steps} steps of {run_file['train_batch_size']}, seeds {' '.join(map(str, seeds))}\n")
     print("| storage | order | top-1 | evaluation loss | training loss, last quarter |\n|---|---|---|---|---|")
     sources = {"sorted": {"source": "folder", "path": str(root / "sorted")}, "mixed": {"source": "digits"}}
@@ -224,7 +228,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=Path, metavar="RUNS")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
     if arguments.train:
