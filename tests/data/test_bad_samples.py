@@ -65,6 +65,12 @@ def test_more_than_the_cap_end_this_start_and_the_next_one(tmp_path):
     assert BadSamples(2, directory).row("train") == {"data/bad_samples": 2}
 
 
+def test_a_line_that_nobody_wrote_is_refused(tmp_path):
+    (tmp_path / "bad_samples.jsonl").write_text('{"role": "train", "name": "a/1.png"}\n')
+    with pytest.raises(UserError, match=r"bad_samples\.jsonl .* a line without 'key': .*a/1\.png"):
+        BadSamples(1, RunDirectory(tmp_path))
+
+
 def test_the_console_names_the_first_few(tmp_path, capsys):
     bad = BadSamples(100)
     for number in range(12):

@@ -181,7 +181,7 @@ def _output(job: Job, facts: Facts) -> Iterator[Line]:
 def _images(seen: Sequence[Mapping[str, Mapping[str, Any]]], name: Callable[[int], str]) -> Iterator[Line]:
     """The first rank that has other images than rank 0, of each role: their streams would not be one."""
     for role, right in seen[0].items():
-        rank = next((rank for rank, images in enumerate(seen) if images[role] != right), None)
+        rank = next((rank for rank, images in enumerate(seen) if images.get(role, right) != right), None)
         if rank is None:
             continue
         here, there = seen[rank][role]["images"], right["images"]

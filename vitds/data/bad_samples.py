@@ -48,6 +48,7 @@ class BadSamples:
 
     Raises:
         TooManyBad: there are more than that from earlier starts.
+        UserError: the journal holds what `share` would not have written.
     """
 
     def __init__(self, cap: int, journal: Journal | None = None) -> None:
@@ -58,7 +59,10 @@ class BadSamples:
         """What this rank has met and not shared yet."""
         self._named = 0
         for row in journal.bad_samples() if journal is not None else []:
-            self._known.setdefault((row["role"], row["key"]), BadSample(row["key"], row["reason"], row["position"]))
+            try:
+                self._known.setdefault((row["role"], row["key"]), BadSample(row["key"], row["reason"], row["position"]))
+            except KeyError as missing:
+                raise UserError(f"bad_samples.jsonl in the run's directory: a line without {missing}: {row}") from None
         self._check()
 
     @property
