@@ -54,7 +54,7 @@ class TrainLoader:
         bad: BadSamples | None = None,
     ) -> None:
         self._batches = TrainBatches(
-            _images(source, section, section.train, "train", image_size, num_classes),
+            build_images(source, section, "train", image_size, num_classes),
             order=build_order(section.order, seed, len(source)),
             seed=seed,
             mixup=section.mixup,
@@ -133,7 +133,7 @@ class EvalLoader:
         world_size: int,
         bad: BadSamples | None = None,
     ) -> None:
-        images = _images(source, section, section.eval, "eval", image_size, num_classes)
+        images = build_images(source, section, "eval", image_size, num_classes)
         self._section = section
         self._batches = EvalBatches(images, batch=batch, rank=rank, world_size=world_size)
         self.bad = bad or BadSamples(section.max_bad_samples)
@@ -181,10 +181,14 @@ def _checked(item: Item, layout: Layout, role: Role, bad: BadSamples) -> Batch:
     return layout.batch(memory, prepared.positions)
 
 
-def _images(
-    source: Source, section: DataSection, own: SourceSection | None, role: Role, image_size: int, num_classes: int
-) -> Images:
+def build_images(source: Source, section: DataSection, role: Role, image_size: int, num_classes: int) -> Images:
+    """The source's images as the model takes them in this role.
+
+    Raises:
+        UserError: classes that the model does not have, or mistakes in the list of transforms.
+    """
     check_classes(source, num_classes, role)
+    own: SourceSection | None = getattr(section, role)
     spec = own.transforms if own is not None else None
     if spec is None:
         spec = TRAIN_DEFAULT if role == "train" else eval_default(image_size)

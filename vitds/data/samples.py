@@ -65,7 +65,7 @@ class Images:
         picture: Picture | LazyJpeg
         try:
             label = self._checked(label)
-            picture = stored if isinstance(stored, np.ndarray) else self._decode(stored)
+            picture = stored if isinstance(stored, np.ndarray) else self.decode(stored)
             for transform in self.transforms:
                 picture = transform(picture, rng)
         except Unusable as error:
@@ -80,8 +80,9 @@ class Images:
         return pixels, label
 
     @cached_property
-    def _decode(self) -> Callable[[bytes], Picture | LazyJpeg]:
-        """Evaluation decodes in full, as the image processor that is saved beside a checkpoint does."""
+    def decode(self) -> Callable[[bytes], Picture | LazyJpeg]:
+        """What makes a picture of a file's bytes. For evaluation in full, as the image processor that is saved beside a
+        checkpoint does it."""
         first = self.transforms[0] if self.transforms else None
         lazy = self.role == "train" and getattr(first, "func", first) in RESIZING
         return decode_lazily if lazy else decode

@@ -1,0 +1,214 @@
+"""Images/s of the loader beside a plain webdataset pipeline and torch's ImageFolder way, on the same files in one run.
+
+    python benchmarks/loader.py [--workers 0 1 2] [--rounds 5] [--batches 8] [--images 384] [--json]
+
+The files are noise with the spectrum of photographs, JPEGs of quality 90 and about 500 × 375 pixels (one in a hundred
+2000 × 1500), as class folders and as tar shards. Everyone takes turns within each round, so that a noisy machine
+disturbs all alike; medians are printed, and ratios to our loader on the same files. Two tables: each with its own usual
+transforms (the peers: RandomResizedCrop's law, flip, float32 in [−1, 1]; ours leaves uint8, which the device converts),
+and all with our crop, our flip and uint8, so that the difference is the loaders' alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import math
+import random
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from vitds.data import DataSection, SourceSection, TrainLoader, augmentation_rng, build_source
+from vitds.data.transforms import flip_lr, inception_crop
+
+SIZE, BATCH, CLASSES, SHARDS = 224, 64, 8, 4
+
+
+def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
+    """A JPEG of noise whose amplitude falls with frequency as in photographs, chroma fainter than luma."""
+    frequency = np.hypot(np.fft.rfftfreq(width), np.fft.fftfreq(height)[:, None])
+    frequency = np.maximum(frequency, 1 / max(width, height)) ** 1.15
+    planes = []
+    for strength in (1.0, 0.35, 0.25):
+        noise = rng.standard_normal(frequency.shape) + 1j * rng.standard_normal(frequency.shape)
+        plane = np.fft.irfft2(noise / frequency, (height, width))
+        planes.append(strength * plane / plane.std())
+    y, u, v = planes
+    rgb = np.stack([y + 1.402 * v, y - 0.344 * u - 0.714 * v, y + 1.772 * u], axis=-1)
+    file = io.BytesIO()
+    Image.fromarray((128 + 55 * rgb).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def write_files(root: Path, images: int) -> None:
+    """root/folder/CLASS/IMAGE.jpg and, in another order, root/shards/NUMBER.tar."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(images):
+        width, height = int(rng.integers(430, 570)), int(rng.integers(310, 440))
+        width, height = (2000, 1500) if i % 100 == 99 else (height, width) if i % 3 == 0 else (width, height)
+        path = root / "folder" / f"class{i % CLASSES}" / f"{i:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photograph(rng, width, height))
+        paths.append(path)
+    (root / "shards").mkdir()
+    order = rng.permutation(images)
+    for shard, numbers in enumerate(np.array_split(order, SHARDS)):
+        with tarfile.open(root / "shards" / f"{shard:06}.tar", "w") as tar:
+            for number in numbers:
+                path = paths[number]
+                for name, data in (
+                    (f"{number:06}.jpg", path.read_bytes()),
+                    (f"{number:06}.cls", path.parent.name[5:].encode()),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def usual(image: Image.Image) -> torch.Tensor:
+    """torchvision's RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and Normalize(0.5, 0.5), written with Pillow."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w = h = min(width, height)
+    left, top = random.randint(0, width - w), random.randint(0, height - h)
+    image = image.crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels.float().div_(255).sub_(0.5).div_(0.5)
+
+
+def ours(image: Image.Image) -> torch.Tensor:
+    """Our crop and flip; uint8 (3, 224, 224)."""
+    rng = augmentation_rng(0, random.getrandbits(40))
+    picture = flip_lr(inception_crop(image, rng, size=SIZE), rng)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
+    """As torchvision's: opened by path, converted to RGB, transformed one by one."""
+
+    def __init__(self, root: Path, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.paths = sorted(root.glob("*/*.jpg"))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with self.paths[index].open("rb") as file:
+            image = Image.open(file).convert("RGB")
+        return self.transform(image), int(self.paths[index].parent.name[5:])
+
+
+def image_folder(root: Path, workers: int, transform: Callable[[Image.Image], torch.Tensor]) -> Iterator[Any]:
+    dataset = ImageFolder(root / "folder", transform)
+    sampler = RandomSampler(dataset, replacement=True, num_samples=10**6)
+    return iter(DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers, drop_last=True))
+
+
+def web_dataset(root: Path, workers: int, transform: Callable[[Image.Image], torch.Tensor]) -> Iterator[Any]:
+    shards = sorted(map(str, (root / "shards").glob("*.tar")))
+    dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).repeat().shuffle(200)
+    dataset = dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int).batched(BATCH)
+    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
+
+
+def vitds_loader(root: Path, workers: int, kind: str) -> TrainLoader:
+    path = root / ("folder" if kind == "folder" else "shards")
+    section = DataSection(SourceSection(kind, path=str(path)), num_workers=workers)
+    return TrainLoader(
+        build_source(section.train, "train"), section, image_size=SIZE, num_classes=CLASSES, seed=0, global_batch=BATCH,
+        micro_batch=BATCH, rank=0, world_size=1,
+    )  # fmt: skip
+
+
+CONTESTANTS: dict[str, Callable[[Path, int], Any]] = {
+    "vitds, folder": lambda root, workers: vitds_loader(root, workers, "folder"),
+    "vitds, tar": lambda root, workers: vitds_loader(root, workers, "tar"),
+    "ImageFolder": lambda root, workers: image_folder(root, workers, usual),
+    "webdataset": lambda root, workers: web_dataset(root, workers, usual),
+    "ImageFolder, our transforms": lambda root, workers: image_folder(root, workers, ours),
+    "webdataset, our transforms": lambda root, workers: web_dataset(root, workers, ours),
+}
+"""An endless iterator over batches of 64, by name."""
+
+
+def speed(begin: Callable[[Path, int], Any], root: Path, workers: int, batches: int) -> tuple[float, float]:
+    """Images/s, and ms of this process's CPU an image, from the first batch on, which stands for what starting costs."""
+    loader = begin(root, workers)
+    next(loader)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    for _ in itertools.repeat(None, batches):
+        next(loader)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    end = getattr(loader, "close", None)
+    if end is not None:
+        end()
+    return batches * BATCH / seconds, 1000 * cpu / (batches * BATCH)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=8, help=f"of {BATCH} images, timed")
+    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        write_files(root, arguments.images)
+        for _, workers in itertools.product(range(arguments.rounds), arguments.workers):
+            for name, begin in CONTESTANTS.items():
+                row = found.setdefault(workers, {}).setdefault(name, [])
+                row.append(speed(begin, root, workers, arguments.batches))
+    rows = [row_of(workers, name, by) for workers, by in found.items() for name in by]
+    if arguments.json:
+        print(json.dumps({"rows": rows, "rounds": found}, indent=2))
+        return
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pillow", "webdataset"))
+    print(f"{versions}; images/s, median of {arguments.rounds}; ratios: ours on the same files ÷ this, round by round")
+    for row in rows:
+        ratio = "" if row["ratio"] is None else f"  ×{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
+        cpu = f"  {row['cpu_ms']:.2f} ms of CPU an image" if row["workers"] == 0 else ""
+        print(f"{row['workers']} workers  {row['name']:28} {row['images_per_second']:6.0f}{ratio:24}{cpu}")
+
+
+def row_of(workers: int, name: str, by: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Medians, and of a peer how many times its images/s are ours."""
+    row = {"workers": workers, "name": name, "ratio": None}
+    rates, cpu = zip(*by[name], strict=True)
+    row |= {"images_per_second": statistics.median(rates), "cpu_ms": statistics.median(cpu)}
+    if not name.startswith("vitds"):
+        own = [rate for rate, _ in by["vitds, tar" if "webdataset" in name else "vitds, folder"]]
+        ratios = [mine / theirs for mine, theirs in zip(own, rates, strict=True)]
+        row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return row
+
+
+if __name__ == "__main__":
+    main()
