@@ -81,6 +81,7 @@ def test_splits_rows_and_labels(tmp_path, write):
             assert (data, label, key) == (png(first + index), index % 3, f"{split}/{index}")
     wanted = [7, 3, 3, 19, 0]
     assert train.read_many(wanted) == [train.read(index) for index in wanted]
+    assert train.read_many(range(9, 9)) == []
     assert pickle.loads(pickle.dumps(train)).read(13) == train.read(13)
     keys = ["train/3", "train/20", "train/03", "train/-1", "validation/3", "3", "train/19"]
     assert train.find(keys) == {"train/3": 3, "train/19": 19}
