@@ -55,10 +55,12 @@ def test_a_device_that_needs_less_than_there_is_is_the_bottleneck():
 
 
 def test_a_loader_that_is_too_slow_hears_what_would_help():
-    found = verdict({1: 400.0, 16: 500.0}, STAGES, needed=1000, gpus=8, cores=8, num_workers=4)
+    found = verdict({1: 400.0, 16: 500.0}, STAGES, needed=1000, gpus=8, cores=8, num_workers=0)
     assert (found["bottleneck"], found["cores_needed"]) == ("loader", 20)
     assert "8 GPUs take 8000 images/s, which needs 20 cores; this host has 8, for 3200 images/s" in found["verdict"]
-    assert [word for word in ("storage", "smaller files", "cores") if word in "; ".join(found["advice"])] == [
+    assert [
+        word for word in ("num_workers", "storage", "smaller files", "cores") if word in "; ".join(found["advice"])
+    ] == [
         "smaller files",
         "cores",
     ]
