@@ -100,6 +100,7 @@ def images(tmp_path):
     training[46] = evaluation[11].crop((7, 5, 96, 72))  # 7 % of each edge
     training[50] = Image.new("RGB", (20, 20), "white")
     evaluation.append(Image.new("RGB", (20, 20), "white"))
+    evaluation.append(evaluation[3].crop((8, 6, 96, 72)))  # like training image 7 too, but less so than number 3
     for role, pictures in (("train", training), ("eval", evaluation)):
         (tmp_path / role / "all").mkdir(parents=True)
         for i, picture in enumerate(pictures):
@@ -118,7 +119,7 @@ def test_copies_are_listed_and_can_be_excluded(images, capsys):
     summary = json.loads(capsys.readouterr().out)
     assert (summary["duplicates"], summary["mirrored"], summary["of_eval_images"]) == (4, 1, 3)
     assert (summary["train"]["images"], summary["train"]["flat"], summary["train"]["broken"]) == (61, 1, 1)
-    assert summary["eval"] == {"images": 13, "flat": 1, "broken": 0}
+    assert summary["eval"] == {"images": 14, "flat": 1, "broken": 0}
     lines = [json.loads(line) for line in (images / "list.jsonl").read_text().splitlines()]
     assert [(line["key"], line["near"], line["mirrored"]) for line in lines] == [
         ("all/07.jpg", "all/03.jpg", False), ("all/20.jpg", "all/05.jpg", True), ("all/33.jpg", "all/03.jpg", False),
@@ -130,9 +131,11 @@ def test_copies_are_listed_and_can_be_excluded(images, capsys):
 
 
 def test_hashes_are_kept_and_the_list_is_the_same_again(images, monkeypatch, capsys):
+    assert run(images, "--workers", "1", "--work", str(images / "in_one_piece")) == 0
+    first = (images / "list.jsonl").read_bytes()
     monkeypatch.setattr(dedup, "PIECE", 16)
     assert run(images, "--workers", "3") == 0
-    first = (images / "list.jsonl").read_bytes()
+    assert (images / "list.jsonl").read_bytes() == first
     assert len(list((images / "list.jsonl.work").iterdir())) == 4
     decoded = []
 
@@ -143,12 +146,14 @@ def test_hashes_are_kept_and_the_list_is_the_same_again(images, monkeypatch, cap
     monkeypatch.setattr(dedup, "grey", counted)
     assert run(images, "--workers", "1") == 0
     assert (images / "list.jsonl").read_bytes() == first
-    assert 13 < len(decoded) < 40  # the evaluation images, and what was near to one
+    assert 14 < len(decoded) < 40  # the evaluation images, and what was near to one
+    assert run(images, "--workers", "1", "--similarity", "1") == 0
+    assert (images / "list.jsonl").read_bytes() == b""
     (images / "train" / "all" / "00.jpg").unlink()
     decoded.clear()
     assert run(images, "--workers", "1") == 0
-    assert len(decoded) == 13 + 60  # other images, other hashes
-    assert "4 of 60 training images look like 3 of 13 evaluation images, 1 of them mirrored" in capsys.readouterr().out
+    assert len(decoded) == 14 + 60  # other images, other hashes
+    assert "4 of 60 training images look like 3 of 14 evaluation images, 1 of them mirrored" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_refused(images, capsys):

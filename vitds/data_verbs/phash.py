@@ -19,11 +19,11 @@ VIEWS = (
     (0.0, 0.0, 1.0),
     *(
         (left * lost, top * lost, 1 - lost)
-        for lost in (0.05, 0.1)
+        for lost in (0.025, 0.05, 0.1)
         for left, top in ((0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1))
     ),
 )
-"""(left, top, edge) of parts of a picture, of its edges: the whole; without a twentieth and a tenth, at the middle and the
+"""(left, top, edge) of parts of a picture, of its edges: the whole; without 2.5, 5 and 10 percent, at the middle and the
 corners. A copy that was cropped looks like one of them."""
 FREQUENCIES = 8
 BITS = FREQUENCIES**2 - 1
