@@ -100,7 +100,8 @@ def images(tmp_path):
     training[46] = evaluation[11].crop((7, 5, 96, 72))  # 7 % of each edge
     training[50] = Image.new("RGB", (20, 20), "white")
     evaluation.append(Image.new("RGB", (20, 20), "white"))
-    evaluation.append(evaluation[3].crop((8, 6, 96, 72)))  # like training image 7 too, but less so than number 3
+    evaluation.append(evaluation[3].copy())  # like training images 7 and 33 too, but less so than number 3
+    evaluation[-1].paste((128, 128, 128), (0, 0, 8, 6))
     for role, pictures in (("train", training), ("eval", evaluation)):
         (tmp_path / role / "all").mkdir(parents=True)
         for i, picture in enumerate(pictures):
