@@ -7,9 +7,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.test_loader import DIGITS, train_loader
 from vitds.data import DataSection, EvalLoader, SourceSection, build_source, loader, slots, storage
+from vitds.data.images import decode
 from vitds.data.slots import Slots
 from vitds.data.transforms import TRANSFORMS
 from vitds.errors import UserError
@@ -142,3 +144,17 @@ def test_what_fails_ahead_arrives_as_itself(digits, ahead, workers, monkeypatch,
             next(batches)
     batches.close()
     assert not running()
+
+
+def test_only_training_decodes_jpegs_small(tmp_path):
+    (tmp_path / "a").mkdir()
+    ramp = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(ramp).resize((800, 640), Image.Resampling.BICUBIC).save(tmp_path / "a" / "0.jpg", quality=90)
+    own = SourceSection("folder", path=str(tmp_path), transforms=["resize"])
+    source, section = build_source(own, "train"), DataSection(own, own)
+    whole = np.asarray(decode((tmp_path / "a" / "0.jpg").read_bytes()).resize((32, 32), Image.Resampling.BILINEAR))
+    (batch,) = EvalLoader(source, section, image_size=32, num_classes=1, batch=1, rank=0, world_size=1)
+    np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), whole)
+    batch = next(train_loader(source, section, image_size=32, global_batch=1, micro_batch=1))
+    difference = np.abs(batch.images[0].permute(1, 2, 0).numpy().astype(int) - whole)
+    assert 0 < difference.mean() < 1
