@@ -375,6 +375,18 @@ def test_another_run_is_refused(tmp_path: Path, key: str, value: Any, line: str)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_an_order_is_another_run_where_it_says_anything(tmp_path: Path) -> None:
+    order = {"kind": "full", "run_images": 16}
+    RunDirectory(tmp_path / "before").write_config(RUN, {})  # when there was no other order, and no key
+    RunDirectory(tmp_path / "before").refuse_other_run(set_at(RUN, "vitds.data", {"order": order}), {})
+
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(set_at(RUN, "vitds.data", {"order": order}), {})
+    run.refuse_other_run(set_at(RUN, "vitds.data", {"order": order | {"run_images": 4}}), {})
+    with pytest.raises(UserError, match='order.kind: "full" → "windowed"'):
+        run.refuse_other_run(set_at(RUN, "vitds.data", {"order": order | {"kind": "windowed"}}), {})
+
+
 IMAGES = {"train": {"images": 9, "digest": "ab"}, "eval": {"images": 4, "digest": "cd"}}
 
 

@@ -60,4 +60,8 @@ def identity(run_file: dict[str, Any]) -> dict[str, Any]:
         for word in dotted.split("."):
             value = value.get(word) if isinstance(value, dict) else None
         found[dotted] = finite(value)
+    order = found["vitds.data.order"] or {}
+    if isinstance(order, dict) and order.get("kind", "full") == "full":
+        # Its other keys say nothing of the full order; runs from before there was a choice have no key at all.
+        found["vitds.data.order"] = {"kind": "full"}
     return found
