@@ -90,7 +90,22 @@ def test_inception_crop_places_are_uniform():
 
 def test_inception_crop_falls_back_to_the_whole_image():
     assert sample_crop(1000, 1, RNG, 0.05) == (0, 0, 1000, 1)
-    assert inception_crop(picture(1, 1000), RNG, size=32).size == (32, 32)
+    assert np.shape(inception_crop(picture(1, 1000), RNG, size=32)) == (32, 32, 3)
+
+
+@pytest.mark.parametrize("as_image", [False, True])
+@pytest.mark.parametrize("shape", [(300, 400, 3), (61, 50, 3), (224, 300), (8, 8), (500, 375, 3), (2, 900, 3)])
+def test_inception_crop_is_pillows_to_one_grey_level(shape, as_image):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for position in range(20):
+        left, top, w, h = sample_crop(*shape[1::-1], augmentation_rng(0, position), 0.05)
+        part = Image.fromarray(np.ascontiguousarray(image[top : top + h, left : left + w]))
+        expected = np.asarray(part.resize((32, 32), Image.Resampling.BILINEAR))
+        given = Image.fromarray(image) if as_image else image
+        got = np.asarray(inception_crop(given, augmentation_rng(0, position), size=32))
+        assert got.shape == expected.shape
+        assert got.flags.c_contiguous
+        assert np.abs(got.astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (97, 41), (256, 256), (1, 9), (33, 8)])
