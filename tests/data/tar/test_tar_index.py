@@ -53,6 +53,26 @@ def test_another_program_can_read_it(tmp_path):
     assert len(digest) == 32
 
 
+def test_a_key_is_found_whole_and_as_it_is_shown(tmp_path):
+    names = ["1", "11", "111", "a/1", "é", "2", b"\xe9".decode(errors="surrogateescape"), "21", "2"]
+    members = [(f"{name}.png", image(i)) for i, name in enumerate(names)]
+    shard = write_tar(tmp_path / "s.tar", members, encoding="utf-8", errors="surrogateescape")
+    write_index(str(shard), index_path(str(shard)))
+    index = open_index(index_path(str(shard)))
+    shown = ["1", "11", "111", "a/1", "é", "2", "\\xe9", "21"]
+    assert [index.key(i) for i in range(9)] == [*shown, "2"]
+    assert index.find([*shown, "/1", "112", "1a", "", "\\xe8", "\udce9"]) == {key: i for i, key in enumerate(shown)}
+
+
+def test_an_index_is_not_taken_apart_for_a_few_keys(tmp_path, monkeypatch):
+    """Of 300,000 shards with 10,000 keys each, that would take each rank half an hour at each start."""
+    shard = write_tar(tmp_path / "s.tar", numbered(0, 50))
+    write_index(str(shard), index_path(str(shard)))
+    index = open_index(index_path(str(shard)))
+    monkeypatch.setattr(type(index), "key", lambda self, i: pytest.fail("looked at one by one"))
+    assert index.find(["000049", "000007", "50"]) == {"000049": 49, "000007": 7}
+
+
 def test_the_digest_is_of_the_contents_not_of_the_file(tmp_path):
     one, copy = (write_tar(tmp_path / name / "s.tar", numbered(0, 9)) for name in ("one", "copy"))
     other = write_tar(tmp_path / "other/s.tar", numbered(0, 9, lambda number: number % 8))

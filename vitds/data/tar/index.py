@@ -22,7 +22,7 @@ import json
 import mmap
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,26 @@ class Index:
         """The key of the shard's image i."""
         start = int(self.name_end[i - 1]) if i else 0
         return self.name[start : int(self.name_end[i])].tobytes().decode(errors="backslashreplace")
+
+    def find(self, keys: Iterable[str]) -> dict[str, int]:
+        """Those of `keys` that images have, each with the first of them. Names are not taken apart for it: an index may
+        hold many, and 100,000 indices be asked for a few keys each."""
+        names = self.name.tobytes()
+        found = {key: i for key in keys if (i := self._find(key.encode(errors="surrogatepass"), names)) is not None}
+        odd = {key for key in keys if "\\x" in key and key not in found}  # as `key` shows what is no UTF-8
+        for i in range(len(self.offset) if odd else 0):
+            if (key := self.key(i)) in odd:
+                found.setdefault(key, i)
+        return found
+
+    def _find(self, name: bytes, names: bytes) -> int | None:
+        at = names.find(name) if name else -1
+        while at >= 0:
+            i = int(np.searchsorted(self.name_end, at, side="right"))
+            if at + len(name) == self.name_end[i] and at == (self.name_end[i - 1] if i else 0):
+                return i
+            at = names.find(name, at + 1)
+        return None
 
     def labels(self, i: int) -> list[int]:
         """As they are stored."""

@@ -114,18 +114,15 @@ class Tar(Source):
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         """As Source's; only the shards that the keys name are looked into."""
         number_of = {name.decode(): number for number, name in enumerate(self._names.tolist())}
-        wanted: dict[int, set[str]] = {}
+        wanted: dict[int, dict[str, str]] = {}  # of each shard the keys in it, with the whole ones
         for key in keys:
             for cut in (i for i, character in enumerate(key) if character == "/"):
                 if key[:cut] in number_of:
-                    wanted.setdefault(number_of[key[:cut]], set()).add(key)
+                    wanted.setdefault(number_of[key[:cut]], {})[key[cut + 1 :]] = key
         found = {}
-        for number, of_shard in sorted(wanted.items()):
-            shard = self._shard(number)
+        for number, whole in sorted(wanted.items()):
             start = self._start(number)
-            for i in range(len(shard.index.offset)):
-                if (key := self._key(number, shard, i)) in of_shard:
-                    found[key] = start + i
+            found |= {whole[key]: start + i for key, i in self._shard(number).index.find(whole).items()}
         return found
 
     def digest(self) -> str:
