@@ -39,7 +39,7 @@ def inception_crop(
     image: Picture | LazyJpeg, rng: np.random.Generator, *, size: int, area_min: float = 0.05
 ) -> Picture:
     """A random part of the image, at least the fraction `area_min` of its area, resized to size × size."""
-    return _resize(image, sample_crop(*_width_height(image), rng, area_min), size, size, None)
+    return _resize(image, sample_crop(*_width_height(image), rng, area_min), size, size, _by_torch)
 
 
 def sample_crop(width: int, height: int, rng: np.random.Generator, area_min: float) -> tuple[int, int, int, int]:
