@@ -19,6 +19,11 @@ from vitds.data.tar.index import build_index, index_path, open_index, read_head,
 from vitds.errors import UserError
 
 
+def keep(head):
+    """All of it."""
+    return head
+
+
 def test_another_program_can_read_it(tmp_path):
     """With the safetensors package and what the format says, and nothing of ours."""
     members = [
@@ -106,7 +111,7 @@ def test_an_index_that_does_not_fit_is_built_anew(tmp_path, capfd):
     shard = str(write_tar(tmp_path / "s.tar", numbered(0, 4)))
     path = index_path(shard)
     assert current_head(shard, None, None) is None
-    (head,) = indexed([shard], None, None, "vitds.data.train")
+    (head,) = indexed([shard], None, None, "vitds.data.train", keep)
     assert "indexing 1 of 1 shards (`vitds data index`" in capfd.readouterr().err
     assert current_head(shard, None, None) == head
     whole = Path(path).read_bytes()
@@ -123,12 +128,12 @@ def test_an_index_that_does_not_fit_is_built_anew(tmp_path, capfd):
         with open(path, "wb") as file:
             file.write(spoilt)
         assert read_head(path) is None
-        assert indexed([shard], None, None, "vitds.data.train") == [head]
+        assert indexed([shard], None, None, "vitds.data.train", keep) == [head]
         assert Path(path).read_bytes() == whole
     capfd.readouterr()
     os.utime(shard, ns=(5, 5))
     assert current_head(shard, None, None) is None
-    (again,) = indexed([shard], None, None, "vitds.data.train")
+    (again,) = indexed([shard], None, None, "vitds.data.train", keep)
     assert "indexing 1 of 1 shards, 1 of them because they have changed" in capfd.readouterr().err
     assert again.digest == head.digest
     assert again.tar_mtime_ns == 5
@@ -137,13 +142,13 @@ def test_an_index_that_does_not_fit_is_built_anew(tmp_path, capfd):
 def test_indices_elsewhere_do_not_meet(tmp_path):
     shards = [str(write_tar(tmp_path / name / "s.tar", numbered(0, count))) for name, count in (("a", 2), ("b", 3))]
     where = str(tmp_path / "indices/deep")
-    heads = indexed(shards, where, None, "vitds.data.train") + indexed(
-        shards[:1], where, "fine/one", "vitds.data.train"
+    heads = indexed(shards, where, None, "vitds.data.train", keep) + indexed(
+        shards[:1], where, "fine/one", "vitds.data.train", keep
     )
     assert [(head.count, head.unusable) for head in heads] == [(2, 0), (3, 0), (2, 2)]
     assert len(os.listdir(where)) == 3
     assert os.listdir(tmp_path / "a") == ["s.tar"]
-    assert indexed(shards, where, None, "vitds.data.train") == heads[:2]
+    assert indexed(shards, where, None, "vitds.data.train", keep) == heads[:2]
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
@@ -153,7 +158,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
         UserError,
         match=r"vitds.data.eval.index_dir: the index of .*s.tar cannot be written to .*file.*vitds data index",
     ):
-        indexed([shard], str(tmp_path / "file"), None, "vitds.data.eval")
+        indexed([shard], str(tmp_path / "file"), None, "vitds.data.eval", keep)
     assert sorted(os.listdir(tmp_path)) == ["file", "s.tar"]
 
 
@@ -211,5 +216,5 @@ def test_what_another_rank_has_built_is_left_alone(tmp_path, monkeypatch):
         return head
 
     monkeypatch.setattr(first_use, "write_index", write)
-    assert len(indexed(shards, None, None, "vitds.data.train")) == 4
+    assert len(indexed(shards, None, None, "vitds.data.train", keep)) == 4
     assert built == shards[:2]

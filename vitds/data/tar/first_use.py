@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from vitds import dist
 from vitds.data.storage import retried
@@ -14,6 +15,7 @@ from vitds.json_files import say
 from vitds.progress import Progress
 from vitds.shards import find_shards
 
+Kept = TypeVar("Kept")
 _AT_ONCE = 4096
 """Shards that wait for the threads: what waits takes a kilobyte each."""
 READERS = 16
@@ -34,36 +36,45 @@ def shards_at(path: str, place: str) -> list[str]:
         raise UserError(f"{place}: {error}") from error
 
 
-def indexed(shards: Sequence[str], index_dir: str | None, label_key: str | None, place: str) -> list[Head]:
-    """What the indices of these shards say; those that are missing or out of date are built first.
+def indexed(
+    shards: Sequence[str], index_dir: str | None, label_key: str | None, place: str, keep: Callable[[Head], Kept]
+) -> list[Kept]:
+    """Of what the indices of these shards say, what is to be kept; those that are missing or out of date are built first.
 
     Each rank builds its own part of them, then goes backwards through those of the others. It passes over what has come
     into being meanwhile; where two build the same index, they write the same bytes.
 
     Args:
         place: the section's name in the run file, for messages.
+        keep: takes from what one index says the little that may be held of each shard: 300,000 lists of class names are
+            20 GB. Called by several threads.
 
     Raises:
         UserError: a shard that cannot be used, or indices that cannot be written where they should be.
         StorageError: a shard or an index cannot be read.
     """
-    heads: list[Head | None] = []
+
+    def known(shard: str) -> Kept | None:
+        head = current_head(shard, index_dir, label_key)
+        return None if head is None else keep(head)
+
+    kept: list[Kept | None] = []
     with Progress("indices read", len(shards), "shards", after=5) as progress, ThreadPoolExecutor(READERS) as pool:
         for first in range(0, len(shards), _AT_ONCE):
             part = shards[first : first + _AT_ONCE]
-            heads += pool.map(lambda shard: current_head(shard, index_dir, label_key), part)
+            kept += pool.map(known, part)
             if dist.is_main():
                 progress.add(len(part))
-    missing = [i for i, head in enumerate(heads) if head is None]
+    missing = [i for i, one in enumerate(kept) if one is None]
     if missing:
         _announce([shards[i] for i in missing], len(shards), index_dir, label_key)
         with Progress("shards indexed", len(missing), "shards", after=5) as progress:
             for i in in_turn(missing, dist.rank(), dist.world_size()):
                 path = index_path(shards[i], index_dir, label_key)
-                heads[i] = current_head(shards[i], index_dir, label_key) or _built(shards[i], path, label_key, place)
+                kept[i] = known(shards[i]) or keep(_built(shards[i], path, label_key, place))
                 if dist.is_main():
                     progress.add()
-    return [head for head in heads if head is not None]
+    return [one for one in kept if one is not None]
 
 
 def current_head(shard: str, index_dir: str | None, label_key: str | None) -> Head | None:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,18 @@ GAP, PIECE = 64 << 10, 64 << 20
 """Images with fewer bytes than `GAP` between them are read in one piece, of at most `PIECE` bytes."""
 
 
+class _Kept(NamedTuple):
+    """What is kept of an index's head until all have been read."""
+
+    digest: bytes
+    images: int
+    largest: int
+    """Label; -1 where no label is a number."""
+    multi_label: bool
+    name: str | None
+    """A class that a label names, if they do."""
+
+
 class Tar(Source):
     """The images of all shards in the order of the shards' paths, and in each in the order of the tar.
 
@@ -45,19 +57,27 @@ class Tar(Source):
             raise UserError(f"{place}.path: missing; source 'tar' needs a tar, a folder of them or a pattern")
         shards = shards_at(section.path, f"{place}.path")
         self._index_dir, self._label_key = section.index_dir, section.label_key
-        heads = indexed(shards, section.index_dir, section.label_key, place)
+        stated: set[str] = set()
+
+        def keep(head: Head) -> _Kept:
+            stated.update(head.class_names)
+            largest = -1 if head.largest is None else head.largest
+            return _Kept(
+                head.digest.encode(), head.count, largest, head.multi_label, next(iter(head.class_names), None)
+            )
+
+        kept = indexed(shards, section.index_dir, section.label_key, place, keep)
         # Arrays, for Python's own strings would be copied into every worker as their reference counts change.
         self._paths = np.array([os.fsencode(path) for path in shards])
         self._names = np.array([name.encode(errors="backslashreplace") for name in shard_names(shards)])
-        self._digests = np.array([head.digest.encode() for head in heads])
-        self._largest = np.array([-1 if head.largest is None else head.largest for head in heads])
-        self._ends = np.cumsum([head.count for head in heads], dtype=np.int64)
+        self._digests = np.array([one.digest for one in kept])
+        self._largest = np.array([one.largest for one in kept])
+        self._ends = np.cumsum([one.images for one in kept], dtype=np.int64)
         if not self._ends[-1]:
             raise UserError(f"{place}.path: no image in {_some(shards)}; {_members_there(shards)}")
-        self.multi_label = any(head.multi_label for head in heads)
-        self._named = _labels_are_names(shards, heads, place)
-        stated = sorted({name for head in heads for name in head.class_names})
-        self.class_names = self._class_names(section, shards, stated, place)
+        self.multi_label = any(one.multi_label for one in kept)
+        self._named = _labels_are_names(shards, kept, place)
+        self.class_names = self._class_names(section, shards, sorted(stated), place)
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
 
     def _class_names(
@@ -119,7 +139,7 @@ class Tar(Source):
             for cut in (i for i, character in enumerate(key) if character == "/"):
                 if key[:cut] in number_of:
                     wanted.setdefault(number_of[key[:cut]], {})[key[cut + 1 :]] = key
-        found = {}
+        found: dict[str, int] = {}
         for number, whole in sorted(wanted.items()):
             start = self._start(number)
             found |= {whole[key]: start + i for key, i in self._shard(number).index.find(whole).items()}
@@ -185,14 +205,14 @@ class Tar(Source):
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
 
 
-def _labels_are_names(shards: Sequence[str], heads: Sequence[Head], place: str) -> bool:
+def _labels_are_names(shards: Sequence[str], kept: Sequence[_Kept], place: str) -> bool:
     """Whether labels are names of classes and not their numbers."""
-    named = next((i for i, head in enumerate(heads) if head.class_names), None)
-    numbered = next((i for i, head in enumerate(heads) if head.largest is not None), None)
+    named = next((i for i, one in enumerate(kept) if one.name is not None), None)
+    numbered = next((i for i, one in enumerate(kept) if one.largest >= 0), None)
     if named is not None and numbered is not None:
         raise UserError(
-            f"{place}.path: labels are numbers in {shards[numbered]} ({heads[numbered].largest}) and names in "
-            f"{shards[named]} ({heads[named].class_names[0]!r})"
+            f"{place}.path: labels are numbers in {shards[numbered]} ({kept[numbered].largest}) and names in "
+            f"{shards[named]} ({kept[named].name!r})"
         )
     return named is not None
 
