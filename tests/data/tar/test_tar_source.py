@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import tracemalloc
 
 import pytest
@@ -215,6 +216,27 @@ def test_keys_are_found_in_the_shards_that_they_name(uneven, monkeypatch):
     }
     assert [os.path.basename(path)[:5] for path in opened] == ["0.tar", "3.tar"]
     assert source.find(source.key(i) for i in range(40)) == {source.key(i): i for i in range(40)}
+
+
+def test_open_shards_come_on_top_of_the_files_that_are_allowed(tmp_path, monkeypatch):
+    """Of 1024 the connections to 250 ranks leave few."""
+    shards = 40
+    for i in range(shards):
+        write_tar(tmp_path / f"{i}.tar", numbered(i, 1))
+    monkeypatch.setattr(storage, "RETRY_AFTER_SECONDS", ())
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(others) + 30, before[1]))
+        source = tar(tmp_path)
+        assert [source.read(i)[1] for i in range(shards)] == [
+            int(os.path.basename(name).split(".")[0]) % 10 for name in sorted(map(str, tmp_path.glob("*.tar")))
+        ]
+        assert len(os.listdir("/proc/self/fd")) > 2 * shards
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in others:
+            os.close(descriptor)
 
 
 def test_the_class_names_of_shards_are_not_kept_one_by_one(tmp_path):

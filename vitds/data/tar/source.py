@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import os
+import resource
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from vitds.data.section import SourceSection
 
 OPEN_SHARDS = 192
-"""As many are kept open in each process, each by two file descriptors."""
+DESCRIPTORS = 2
+"""So many shards are kept open in each process, each by so many file descriptors."""
 GAP, PIECE = 64 << 10, 64 << 20
 """Images with fewer bytes than `GAP` between them are read in one piece, of at most `PIECE` bytes."""
 
@@ -78,7 +80,7 @@ class Tar(Source):
         self.multi_label = any(one.multi_label for one in kept)
         self._named = _labels_are_names(shards, kept, place)
         self.class_names = self._class_names(section, shards, sorted(stated), place)
-        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
+        self._open_none_yet()
 
     def _class_names(
         self, section: SourceSection, shards: Sequence[str], stated: Sequence[str], place: str
@@ -193,6 +195,10 @@ class Tar(Source):
             self._numbers if self._named else None,
         )
 
+    def _open_none_yet(self) -> None:
+        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
+        _allow_open_files(DESCRIPTORS * min(OPEN_SHARDS, len(self._ends)))
+
     @functools.cached_property
     def _numbers(self) -> ClassNumbers:
         return ClassNumbers(self.class_names)
@@ -202,7 +208,7 @@ class Tar(Source):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
-        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
+        self._open_none_yet()
 
 
 def _labels_are_names(shards: Sequence[str], kept: Sequence[_Kept], place: str) -> bool:
@@ -215,6 +221,17 @@ def _labels_are_names(shards: Sequence[str], kept: Sequence[_Kept], place: str) 
             f"{shards[named]} ({kept[named].name!r})"
         )
     return named is not None
+
+
+def _allow_open_files(more: int) -> None:
+    """Raises this process's own limit by so many, as far as it may: 1024, which is usual, is for the rest of it, of which
+    the connections to other ranks may be the most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def _members_there(shards: Sequence[str]) -> str:
