@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.tar.making import numbered, write_tar
 from vitds import sections
 from vitds.data import SOURCES, DataSection, SourceSection, build_source, build_sources, storage
 from vitds.data.digits import held_out
+from vitds.data.section import OrderSection
 from vitds.errors import UserError
 
 
@@ -59,6 +61,13 @@ def data_set_of_folder(folder):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(set(columns["label"])))}
     datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(folder / ".data")
     return folder / ".data"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_label_is_the_one_that_is_read(name, images):
+    source = build_source(section(name, images), "train")
+    for index in (0, len(source) - 1):
+        assert source.label(index) == source.read(index)[1]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -182,3 +191,39 @@ def test_sections_and_sources_that_do_not_fit_are_refused(images, tmp_path_facto
     ):
         with pytest.raises(UserError, match=message):
             sections.parse(DataSection, given, "vitds.data")
+
+
+def windowed(tmp_path, number_of):
+    """What the windowed order says of 60 images in tars, of which image i is of class `number_of(i)`."""
+    write_tar(tmp_path / "a.tar", numbered(0, 60, number_of))
+    source = SourceSection("tar", path=str(tmp_path))
+    build_sources(DataSection(train=source, order=OrderSection(kind="windowed")), 10)
+
+
+@pytest.mark.parametrize(
+    ("number_of", "told"),
+    [
+        (lambda i: i // 6, True),
+        (lambda i: i // 30, True),
+        (lambda i: i * 37 % 60 // 6, False),
+        (lambda i: (i * i + i // 2) % 2, False),
+        (lambda i: 3, False),
+    ],
+)
+def test_a_windowed_order_of_images_stored_by_class_is_told(tmp_path, capsys, number_of, told):
+    windowed(tmp_path, number_of)
+    said = [line for line in capsys.readouterr().err.splitlines() if "have the same label" in line]
+    assert len(said) == told
+    build_sources(DataSection(train=SourceSection("tar", path=str(tmp_path))), 10)
+    assert "same label" not in capsys.readouterr().err
+
+
+def test_a_source_that_is_none_is_refused(monkeypatch):
+    class Mine:
+        """As sources were before they had a class of their own."""
+
+        keys = ()
+
+    monkeypatch.setitem(SOURCES, "mine", Mine)
+    with pytest.raises(UserError, match="vitds.data.train.source: 'mine' is not derived from vitds.data.Source"):
+        build_source(SourceSection("mine"), "train")

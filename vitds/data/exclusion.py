@@ -46,6 +46,9 @@ class Excluding(Source):
     def key(self, index: int) -> str:
         return self.source.key(int(self.stored([index])[0]))
 
+    def label(self, index: int) -> Label | Unusable:
+        return self.source.label(int(self.stored([index])[0]))
+
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         found = self.source.find(keys)
         at = np.fromiter(found.values(), dtype=np.int64, count=len(found))
@@ -56,7 +59,7 @@ class Excluding(Source):
     def count_labels_from(self, bound: int) -> int:
         found = self.source.count_labels_from(bound)
         if found:  # Seldom, and then those that are left out do not count: their labels may be why.
-            labels = (self.source.read(index)[1] for index in self.excluded.tolist())
+            labels = (self.source.label(index) for index in self.excluded.tolist())
             found -= sum(
                 not isinstance(label, Unusable) and max(_listed(label), default=-1) >= bound for label in labels
             )

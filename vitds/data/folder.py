@@ -67,7 +67,10 @@ class Folder(Source):
 
     def read(self, index: int) -> Sample:
         key = self.key(index)
-        return read_file(os.path.join(self.root, key)), int(self.labels[index]), key
+        return read_file(os.path.join(self.root, key)), self.label(index), key
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
 
     def digest(self) -> str:
         """Of all names; what the files hold is not looked at."""

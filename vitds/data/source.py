@@ -53,6 +53,10 @@ class Source(ABC):
         """The key of image `index`."""
         return self.read(index)[2]
 
+    def label(self, index: int) -> Label | Unusable:
+        """The label of image `index`."""
+        return self.read(index)[1]
+
     def count_labels_from(self, bound: int) -> int:
         """How many images have a label ≥ `bound`; 0 where it would take reading them all to know."""
         return 0

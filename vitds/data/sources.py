@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from vitds import dist
 from vitds.data.digits import Digits
 from vitds.data.exclusion import leave_out
 from vitds.data.folder import Folder
@@ -13,6 +14,7 @@ from vitds.data.source import Source
 from vitds.data.synthetic import Synthetic
 from vitds.data.tar import Tar
 from vitds.errors import UserError
+from vitds.json_files import say
 
 if TYPE_CHECKING:
     from vitds.data.section import DataSection, SourceSection
@@ -43,6 +45,8 @@ def build_source(section: SourceSection, role: Role) -> Source:
             exclude that is not of this source.
     """
     source = SOURCES[section.source]
+    if not (isinstance(source, type) and issubclass(source, Source)):
+        raise UserError(f"vitds.data.{role}.source: {section.source!r} is not derived from vitds.data.Source")
     for name in OWN_KEYS:
         if getattr(section, name) is not None and name not in source.keys:
             raise UserError(
@@ -62,6 +66,11 @@ def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Sourc
     train = build_source(section.train, "train")
     check_classes(train, num_classes, "train")
     _check_labels(train, num_classes, "train", section.max_bad_samples)
+    if section.order.kind == "windowed" and dist.is_main() and (alike := stored_by_class(train)):
+        say(
+            f"vitds: vitds.data.order: windowed, but {alike}: batches will be of few classes. Pack the images shuffled, as "
+            "`vitds data pack` does, or take the full order"
+        )
     if section.eval is None:
         return train, None
     evaluation = build_source(section.eval, "eval")
@@ -76,6 +85,17 @@ def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Sourc
             f"only in train: {_some(only_train)}; only in eval: {_some(only_eval)}"
         )
     return train, evaluation
+
+
+def stored_by_class(source: Source, places: int = 32) -> str:
+    """Whether images seem to be stored by class, in words; "" if not. Looks at a few labels only."""
+    total = len(source)
+    first = [place * total // places for place in range(places)]
+    here, next_to_it, far_away = (
+        [source.label((index + step) % total) for index in first] for step in (0, 1, total // 2)
+    )
+    near, far = (sum(a == b for a, b in zip(here, there, strict=True)) for there in (next_to_it, far_away))
+    return f"of {places} pairs of neighbours in storage {near} have the same label" if near - far > places / 2 else ""
 
 
 def check_classes(source: Source, num_classes: int, role: Role) -> None:

@@ -133,6 +133,10 @@ class Tar(Source):
         number, i = self._place(index)
         return self._key(number, self._shard(number), i)
 
+    def label(self, index: int) -> Label | Unusable:
+        number, i = self._place(index)
+        return self._label(self._shard(number), i)
+
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         """As Source's; only the shards that the keys name are looked into."""
         number_of = {name.decode(): number for number, name in enumerate(self._names.tolist())}
