@@ -1,8 +1,10 @@
 """How batches come to the consumer: through memory shared with workers, and by a thread that copies them ahead."""
 
+import gc
 import itertools
 import multiprocessing
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -115,6 +117,22 @@ def test_an_evaluation_copied_ahead_ends_and_covers_all(digits, ahead, workers):
         break  # given up
     assert not running()
     assert not multiprocessing.active_children()
+
+
+def test_an_evaluation_leaves_no_memory_behind(digits, ahead, monkeypatch):
+    """Page-locked, and as much with each evaluation; nobody knows when the garbage collector comes."""
+    made = []
+    was = Slots.__init__
+    monkeypatch.setattr(Slots, "__init__", lambda self, *sizes: (made.append(weakref.ref(self)), was(self, *sizes))[1])
+    section = DataSection(DIGITS, DIGITS, num_workers=1)
+    batches = EvalLoader(digits, section, image_size=8, num_classes=10, batch=50, rank=0, world_size=1)
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert sum(1 for _ in batches) == len(batches)
+            assert made.pop()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -41,6 +41,8 @@ class Ahead(Iterator[Item]):
                     item[0].record_stream(torch.cuda.current_stream(self._device))
                 return item
             self._end = item
+        if isinstance(self._end, StopIteration):
+            raise StopIteration  # anew: the traceback of one that is kept would keep all of this
         raise self._end
 
     def close(self) -> None:
@@ -56,7 +58,9 @@ class Ahead(Iterator[Item]):
                 memory, prepared = next(self._feed)
                 self._room.acquire()
                 self._ready.put((self._copied(memory), prepared))
-        except BaseException as error:  # StopIteration too
+        except StopIteration:
+            self._ready.put(StopIteration())
+        except BaseException as error:
             self._ready.put(error)
 
     def _copied(self, memory: torch.Tensor) -> torch.Tensor:
