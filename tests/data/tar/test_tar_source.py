@@ -17,6 +17,7 @@ from vitds.data import DataSection, SourceSection, storage
 from vitds.data.images import Unusable
 from vitds.data.sources import build_source, build_sources
 from vitds.data.storage import StorageError
+from vitds.data.tar import columns
 from vitds.data.tar import shard as shard_module
 from vitds.data.tar import source as source_module
 from vitds.data.tar.shard import Shard, ShardChanged
@@ -297,7 +298,8 @@ def test_no_more_than_some_shards_are_open(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 6
 
 
-def test_a_descriptor_that_has_gone_stale_is_opened_anew(uneven, monkeypatch):
+@pytest.mark.parametrize("of", [shard_module, columns])
+def test_a_descriptor_that_has_gone_stale_is_opened_anew(uneven, monkeypatch, of):
     source = tar(uneven)
     expected = source.read(7)
     failed = []
@@ -309,11 +311,25 @@ def test_a_descriptor_that_has_gone_stale_is_opened_anew(uneven, monkeypatch):
             raise OSError(116, "Stale file handle")
         return storage_read(descriptor, *where)
 
-    monkeypatch.setattr(shard_module._File, "__del__", lambda self: None)
-    monkeypatch.setattr(shard_module, "read_at", read)
+    monkeypatch.setattr(columns.OpenFile, "__del__", lambda self: None)
+    monkeypatch.setattr(of, "read_at", read)
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     assert source.read(7) == expected
     assert failed
+
+
+def test_an_index_that_goes_away_under_a_run_stops_it(tmp_path, monkeypatch):
+    """In memory that is mapped, it would kill the process."""
+    shard = write_tar(tmp_path / "s.tar", numbered(0, 2000))
+    source = tar(shard)
+    source.read(0)
+    monkeypatch.setattr(storage, "RETRY_AFTER_SECONDS", (0.0,))
+    os.truncate(f"{shard}.index.safetensors", 100)
+    for index in (1999, 1999):
+        with pytest.raises(
+            ShardChanged, match=r"s.tar: the shard has changed since it was indexed: its index is none any"
+        ):
+            source.read(index)
 
 
 def test_a_shard_that_cannot_be_read_stops_the_run(uneven, monkeypatch):

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import mmap
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,13 +32,14 @@ from safetensors.numpy import save
 
 from vitds.data.images import Unusable
 from vitds.data.storage import retried
+from vitds.data.tar.columns import Column, OpenFile
 from vitds.data.tar.labels import Labelled, Stated, labelled
-from vitds.data.tar.members import Members
+from vitds.data.tar.members import Members, read_at
 from vitds.errors import UserError
 
 FORMAT = 1
 SUFFIX = ".index.safetensors"
-_DTYPES = {"I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
+_DTYPES: dict[str, type[np.generic]] = {"I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8}
 _LARGEST = 2**31 - 1
 
 
@@ -68,48 +68,63 @@ class Head:
 
 @dataclass(frozen=True)
 class Index:
-    """An index in memory that the file lies behind: only what is looked at is read."""
+    """An index that is open: only what is looked at is read. All of it raises OSError where that fails."""
 
     head: Head
-    offset: np.ndarray
-    size: np.ndarray
-    crc: np.ndarray
-    label: np.ndarray
-    name: np.ndarray
-    name_end: np.ndarray
-    label_end: np.ndarray | None = None
+    offset: Column
+    size: Column
+    crc: Column
+    label: Column
+    name: Column
+    name_end: Column
+    label_end: Column | None = None
 
     def key(self, i: int) -> str:
         """The key of the shard's image i."""
-        start = int(self.name_end[i - 1]) if i else 0
-        return self.name[start : int(self.name_end[i])].tobytes().decode(errors="backslashreplace")
+        return self.name.part(*_bounds(self.name_end, i)).tobytes().decode(errors="backslashreplace")
 
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         """Those of `keys` that images have, each with the first of them. Names are not taken apart for it: an index may
         hold many, and 100,000 indices be asked for a few keys each."""
-        names = self.name.tobytes()
-        found = {key: i for key in keys if (i := self._find(key.encode(errors="surrogatepass"), names)) is not None}
+        names, ends = self.name.whole.tobytes(), self.name_end.whole
+        found = {key: i for key in keys if (i := _find(key.encode(errors="surrogatepass"), names, ends)) is not None}
         odd = {key for key in keys if "\\x" in key and key not in found}  # as `key` shows what is no UTF-8
         for i in range(len(self.offset) if odd else 0):
             if (key := self.key(i)) in odd:
                 found.setdefault(key, i)
         return found
 
-    def _find(self, name: bytes, names: bytes) -> int | None:
-        at = names.find(name) if name else -1
-        while at >= 0:
-            i = int(np.searchsorted(self.name_end, at, side="right"))
-            if at + len(name) == self.name_end[i] and at == (self.name_end[i - 1] if i else 0):
-                return i
-            at = names.find(name, at + 1)
-        return None
-
     def labels(self, i: int) -> list[int]:
         """As they are stored."""
         if self.label_end is None:
-            return [int(self.label[i])]
-        start = int(self.label_end[i - 1]) if i else 0
-        return [int(one) for one in self.label[start : int(self.label_end[i])]]
+            return [self.label[i]]
+        return self.label.part(*_bounds(self.label_end, i)).tolist()  # type: ignore[no-any-return]
+
+    def count_labels_from(self, bound: int) -> int:
+        """Images with a label ≥ `bound`."""
+        wrong = np.flatnonzero(self.label.whole >= bound)
+        if self.label_end is not None:
+            wrong = np.unique(np.searchsorted(self.label_end.whole, wrong, side="right"))
+        return len(wrong)
+
+
+def _bounds(ends: Column, i: int) -> tuple[int, int]:
+    """Where the part of image i begins and ends, of parts that lie one after another."""
+    if i == 0:
+        return 0, ends[0]
+    start, end = ends.part(i - 1, i + 1).tolist()
+    return start, end
+
+
+def _find(name: bytes, names: bytes, ends: np.ndarray) -> int | None:
+    """Which of the names that end at `ends` this is, if any."""
+    at = names.find(name) if name else -1
+    while at >= 0:
+        i = int(np.searchsorted(ends, at, side="right"))
+        if at + len(name) == ends[i] and at == (ends[i - 1] if i else 0):
+            return i
+        at = names.find(name, at + 1)
+    return None
 
 
 def index_path(shard: str, index_dir: str | None = None, label_key: str | None = None) -> str:
@@ -194,15 +209,17 @@ def open_index(path: str) -> Index:
         OSError: it cannot be read.
         ValueError, KeyError, TypeError: it is none.
     """
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    head, tensors = _parse(mapped[8:start])
-    arrays = {
-        name: np.ndarray(tensor["shape"], _DTYPES[tensor["dtype"]], mapped, start + tensor["data_offsets"][0])
+    file = OpenFile(path)
+    start = 8 + int.from_bytes(read_at(file.descriptor, 0, 8), "little")
+    bytes_there = os.fstat(file.descriptor).st_size
+    head, tensors = _parse(read_at(file.descriptor, 8, start - 8) if start <= bytes_there else b"")
+    if start + max(tensor["data_offsets"][1] for tensor in tensors.values()) != bytes_there:
+        raise ValueError(f"{path}: not whole")
+    columns = {
+        name: Column(file, start + tensor["data_offsets"][0], _DTYPES[tensor["dtype"]], tensor["shape"][0])
         for name, tensor in tensors.items()
     }
-    return Index(head, **arrays)
+    return Index(head, **columns)
 
 
 def _parse(header: bytes) -> tuple[Head, dict[str, Any]]:

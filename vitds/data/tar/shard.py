@@ -7,10 +7,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from vitds.data.class_names import ClassNumbers
 from vitds.data.storage import StorageError, retried
+from vitds.data.tar.columns import OpenFile
 from vitds.data.tar.index import Index, open_index
 from vitds.data.tar.members import BLOCK, read_at
 
@@ -48,14 +47,14 @@ class Shard:
         if self.index.head.digest != digest:
             raise self._changed("its index is another now")
         self.classes = [numbers.of(name) for name in self.index.head.class_names] if numbers else []
-        self._file: _File | None = None
+        self._file: OpenFile | None = None
 
     def pieces(self, images: Sequence[tuple[int, int]], gap: int, most: int) -> Iterator[Piece]:
         """The ranges of bytes to read for these images, which come in the order of the tar."""
         piece: Piece | None = None
         for i, mark in images:
-            start = int(self.index.offset[i]) - BLOCK
-            end = start + BLOCK + int(self.index.size[i])
+            start = self.index.offset[i] - BLOCK
+            end = start + BLOCK + self.index.size[i]
             if piece is not None and (start - piece.end > gap or end - piece.start > most):
                 yield piece
                 piece = None
@@ -82,20 +81,13 @@ class Shard:
             ShardChanged: it is another.
         """
         if zlib.crc32(header) != self.index.crc[i]:
-            raise self._changed(f"{self.index.key(i)} is not where it was, at offset {int(self.index.offset[i])}")
-
-    def count_labels_from(self, bound: int) -> int:
-        """Images with a label ≥ `bound`."""
-        wrong = np.flatnonzero(self.index.label >= bound)
-        if self.index.label_end is not None:
-            wrong = np.unique(np.searchsorted(self.index.label_end, wrong, side="right"))
-        return len(wrong)
+            raise self._changed(f"{self.index.key(i)} is not where it was, at offset {self.index.offset[i]}")
 
     def _read(self, start: int, length: int) -> bytes:
         file = self._file
         try:
             if file is None:  # at first, and after an error: a file server may have forgotten the descriptor
-                file = self._file = _File(self.path)
+                file = self._file = OpenFile(self.path)
             about, head = os.fstat(file.descriptor), self.index.head
             if (about.st_size, about.st_mtime_ns) != (head.tar_bytes, head.tar_mtime_ns):
                 size = f"{about.st_size} bytes in place of {head.tar_bytes}"
@@ -119,14 +111,3 @@ class Shard:
             f"{self.path}: the shard has changed since it was indexed: {what}. The run stops, for its images would be "
             "others; put the shard back as it was and start again"
         )
-
-
-class _File:
-    """A file descriptor that is closed when the last thread that reads from it lets go."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)

@@ -7,14 +7,15 @@ import hashlib
 import itertools
 import os
 import resource
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from vitds.data.class_names import ClassNumbers, read_class_names
 from vitds.data.images import Unusable
 from vitds.data.source import Label, Sample, Source
+from vitds.data.storage import retried
 from vitds.data.tar.first_use import indexed, shards_at
 from vitds.data.tar.index import Head, index_path
 from vitds.data.tar.members import BLOCK, Members
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 OPEN_SHARDS = 192
 DESCRIPTORS = 2
 """So many shards are kept open in each process, each by so many file descriptors."""
+T = TypeVar("T")
 GAP, PIECE = 64 << 10, 64 << 20
 """Images with fewer bytes than `GAP` between them are read in one piece, of at most `PIECE` bytes."""
 
@@ -47,8 +49,8 @@ class _Kept(NamedTuple):
 class Tar(Source):
     """The images of all shards in the order of the shards' paths, and in each in the order of the tar.
 
-    Of all shards together no more is held than a few numbers, the path and a digest each; the index of a shard is mapped
-    into memory when one of its images is wanted.
+    Of all shards together no more is held than a few numbers, the path and a digest each; the index of a shard is opened
+    when one of its images is wanted.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("path", "index_dir", "classes", "label_key")
@@ -118,24 +120,30 @@ class Tar(Source):
         places = sorted((*self._place(index), at) for at, index in enumerate(indices))
         samples: dict[int, Sample] = {}
         for number, group in itertools.groupby(places, key=lambda place: place[0]):
-            shard = self._shard(number)
-            for piece in shard.pieces([(i, at) for _, i, at in group], GAP, PIECE):
-                data = memoryview(shard.read(piece.start, piece.end - piece.start))
-                for i, at in piece.images:
-                    begin = int(shard.index.offset[i]) - piece.start
-                    shard.check(i, data[begin - BLOCK : begin])
-                    image = bytes(data[begin : begin + int(shard.index.size[i])])
-                    samples[at] = image, self._label(shard, i), self._key(number, shard, i)
+            images = [(i, at) for _, i, at in group]
+            samples |= self._of(number, functools.partial(self._samples, number, images))
         return [samples[at] for at in range(len(indices))]
+
+    def _samples(self, number: int, images: Sequence[tuple[int, int]], shard: Shard) -> dict[int, Sample]:
+        """Images of one shard, by what stands beside each."""
+        samples: dict[int, Sample] = {}
+        for piece in shard.pieces(images, GAP, PIECE):
+            data = memoryview(shard.read(piece.start, piece.end - piece.start))
+            for i, at in piece.images:
+                begin = shard.index.offset[i] - piece.start
+                shard.check(i, data[begin - BLOCK : begin])
+                image = bytes(data[begin : begin + shard.index.size[i]])
+                samples[at] = image, self._label(shard, i), self._key(number, shard, i)
+        return samples
 
     def key(self, index: int) -> str:
         """The shard's name, a slash, and the key in it; of shards of one name as many folders in front as it takes."""
         number, i = self._place(index)
-        return self._key(number, self._shard(number), i)
+        return self._of(number, lambda shard: self._key(number, shard, i))
 
     def label(self, index: int) -> Label | Unusable:
         number, i = self._place(index)
-        return self._label(self._shard(number), i)
+        return self._of(number, lambda shard: self._label(shard, i))
 
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         """As Source's; only the shards that the keys name are looked into."""
@@ -148,7 +156,8 @@ class Tar(Source):
         found: dict[str, int] = {}
         for number, whole in sorted(wanted.items()):
             start = self._start(number)
-            found |= {whole[key]: start + i for key, i in self._shard(number).index.find(whole).items()}
+            of_shard = self._of(number, functools.partial(_find, whole))
+            found |= {whole[key]: start + i for key, i in of_shard.items()}
         return found
 
     def digest(self) -> str:
@@ -162,7 +171,7 @@ class Tar(Source):
         """Images with a label ≥ `bound`. Only shards that have such a label are looked into."""
         total = 0
         for number in np.flatnonzero(self._largest >= bound).tolist():
-            total += self._shard(number).count_labels_from(bound)
+            total += self._of(number, lambda shard: shard.index.count_labels_from(bound))
         return total
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -190,6 +199,22 @@ class Tar(Source):
             stored = [one for one in numbers if not isinstance(one, Unusable)]
         return stored if self.multi_label else stored[0]
 
+    def _of(self, number: int, ask: Callable[[Shard], T]) -> T:
+        """What shard `number`, opened if it is not, answers.
+
+        Raises:
+            StorageError: as `retried`, and as Shard.
+        """
+
+        def attempt() -> T:
+            try:
+                return ask(self._shard(number))
+            except OSError:
+                self._shard.cache_clear()  # a file server may have forgotten the descriptors
+                raise
+
+        return retried(attempt, os.fsdecode(self._paths[number]))
+
     def _open(self, number: int) -> Shard:
         path = os.fsdecode(self._paths[number])
         return Shard(
@@ -213,6 +238,11 @@ class Tar(Source):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._open_none_yet()
+
+
+def _find(keys: Iterable[str], shard: Shard) -> dict[str, int]:
+    """The numbers of those of `keys` that the shard holds."""
+    return shard.index.find(keys)
 
 
 def _labels_are_names(shards: Sequence[str], kept: Sequence[_Kept], place: str) -> bool:
