@@ -17,6 +17,10 @@ Images = Mapping[str, Mapping[str, Any]]
 IDENTITY = ("train_batch_size", "optimizer", "vitds.model", "vitds.groups", "vitds.train.seed", "vitds.data.order")
 
 
+FULL_ORDER = {"kind": "full"}
+"""What is kept of the default order, and what states say that were saved before there was another."""
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """One line "key: old → new" per leaf in which two JSON values differ; missing, null and empty are the same."""
     if isinstance(old or {}, dict) and isinstance(new or {}, dict) and (old or new):
@@ -63,5 +67,5 @@ def identity(run_file: dict[str, Any]) -> dict[str, Any]:
     order = found["vitds.data.order"] or {}
     if isinstance(order, dict) and order.get("kind", "full") == "full":
         # Its other keys say nothing of the full order; runs from before there was a choice have no key at all.
-        found["vitds.data.order"] = {"kind": "full"}
+        found["vitds.data.order"] = FULL_ORDER
     return found

@@ -53,3 +53,27 @@ def test_a_cooldown_is_forked_only_from_before_it(step: int, refused: str | None
     )
     with pytest.raises(UserError if refused else InterruptedError, match=refused or "nothing is refused"):
         start.resume(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [("windowed", "full"), (None, "windowed"), (None, "full"), ("full", "full")]
+)
+def test_a_fork_keeps_the_order_of_the_images(there: str | None, here: str) -> None:
+    def started(order: str | None) -> Start:
+        section = {} if order is None else {"order": {"kind": order, "run_images": 16}}
+        part = {"train": {"seed": 0}, "data": section}
+        resolved = {"optimizer": {"type": "Adam"}, "vitds": part, "train_batch_size": 24}
+        return Start(engine, SimpleNamespace(), schedule(16), resolved, None)  # type: ignore[arg-type]
+
+    def read_into(tensors: Any) -> None:
+        raise InterruptedError("nothing is refused any more")
+
+    engine: Any = SimpleNamespace(groups={}, master_shards=list, state_shards=lambda to_fill: [])
+    stream = started(there).identity()
+    if there is None:  # saved before there was another order
+        del stream["order"]
+    state = {"optimizer": {"type": "Adam"}, "stream": stream, "schedule": schedule(16).to_json()}
+    checkpoint: Any = SimpleNamespace(path=Path("trunk"), step=4, training_state=state, kinds={}, read_into=read_into)
+    refused = (there or "full") != here
+    with pytest.raises(UserError if refused else InterruptedError, match="order: {'kind': " if refused else None):
+        started(here).resume(checkpoint)

@@ -11,6 +11,7 @@ from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
 from vitds.checkpoint.load import Checkpoint, WeightsFile
 from vitds.checkpoint.progress import Progress
 from vitds.errors import UserError
+from vitds.identity import FULL_ORDER, identity
 from vitds.layout import Shard
 from vitds.models import ViTForImageClassification, resample_position_embedding
 from vitds.schedules import Schedule
@@ -42,10 +43,9 @@ class Start:
                 f"{checkpoint.path}: is {checkpoint.step} steps on, the run file's total is {self.schedule.total_steps}"
             )
         ours_now = self.identity()
+        there = {"order": FULL_ORDER} | state["stream"]
         changed = [
-            f"{key}: {state['stream'][key]} there, {ours_now[key]} here"
-            for key in ours_now
-            if state["stream"][key] != ours_now[key]
+            f"{key}: {there[key]} there, {ours_now[key]} here" for key in ours_now if there[key] != ours_now[key]
         ]
         if changed:
             raise UserError(f"{checkpoint.path}: goes on only with the same stream and rates; {'; '.join(changed)}")
@@ -73,6 +73,7 @@ class Start:
         return {
             "seed": self.resolved["vitds"]["train"]["seed"],
             "global_batch": self.resolved["train_batch_size"],
+            "order": identity(self.resolved)["vitds.data.order"],
             "rates": {g.name: [g.lr * g.lr_mult, g.weight_decay, g.frozen] for g in groups},
         }
 
