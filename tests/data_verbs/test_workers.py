@@ -10,7 +10,7 @@ import time
 import pytest
 
 from vitds.data_verbs.workers import each
-from vitds.errors import UserError
+from vitds.errors import Stopped, UserError
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -40,6 +40,48 @@ def test_an_error_ends_the_work():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_killed_worker_is_told():
+    with pytest.raises(Stopped, match=r"a worker was killed \(signal 9\)"):
+        list(each(lambda i: os.kill(os.getpid(), signal.SIGKILL) if i == 3 else i, range(50), 2))
+
+
+FAILING = """
+import signal
+from vitds.data_verbs.workers import each
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as the verbs have it
+def work(i):
+    raise ValueError(i)
+for _ in range(40):
+    try:
+        list(each(work, range(50), 2))
+    except ValueError:
+        pass
+print("survived")
+"""
+
+
+def test_an_error_is_told_where_sigpipe_ends_a_program():
+    found = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "survived\n"), found.stderr
+
+
+LARGE_RESULTS = """
+import sys
+from vitds.data_verbs.workers import each
+for result in each(lambda i: bytes(1 << 24), range(1000), 2):
+    print("one", flush=True)
+    break
+sys.exit(5)
+"""
+
+
+def test_ending_amid_large_results_does_not_hang():
+    found = subprocess.run(
+        [sys.executable, "-c", LARGE_RESULTS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 5, found.stderr
 
 
 SLEEPERS = """

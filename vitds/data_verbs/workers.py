@@ -1,25 +1,31 @@
-"""The same work on many pieces, spread over processes."""
+"""The same work on many pieces, spread over processes.
+
+Each process has a pipe of its own. Python's ProcessPoolExecutor puts all results into one: ended in the midst of a result
+it leaves its parent reading for ever, and ended at all it writes where nobody reads (SIGPIPE, which ends a verb without a word).
+"""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+import traceback
+from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+from vitds.errors import Stopped
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 PIECES_AHEAD = 4
-"""Pieces that each process may have waiting or done, so that what is held does not grow with the number of pieces."""
-
-_work: Callable[[Any], Any]
+"""Pieces for each process that may be given out before their results are taken, so that what is held does not grow with
+the number of pieces."""
 
 
 def each(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Generator[Result, None, None]:
@@ -28,42 +34,93 @@ def each(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) ->
     Args:
         work: inherited by the processes, not sent to them: it may hold what is large. Its results are sent.
         workers: number of processes; with 1 the work is done in this one.
+
+    Raises:
+        Stopped: a process was killed.
     """
     if workers == 1:
         yield from map(work, tasks)
         return
-    fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, fork, _begin, (work, os.getpid()))
-    before = signal.signal(signal.SIGTERM, _leave) if threading.current_thread() is threading.main_thread() else None
+    team: dict[Connection, BaseProcess] = {}
+    idle: list[Connection] = []
+    done: dict[int, tuple[Result, Exception | None]] = {}
+    numbered = enumerate(tasks)
+    given = taken = 0
+    handlers: dict[int, Any] = {signal.SIGTERM: _leave, signal.SIGPIPE: signal.SIG_IGN}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()} if main else {}
     try:
-        tasks = iter(tasks)
-        waiting: deque[Future[Result]] = deque(
-            pool.submit(_do, t) for t in itertools.islice(tasks, workers * PIECES_AHEAD)
-        )
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(_do, task) for task in itertools.islice(tasks, 1))
+        while True:
+            while given - taken < workers * PIECES_AHEAD and (idle or len(team) < workers):
+                task = next(numbered, None)
+                if task is None:
+                    break
+                if not idle:
+                    idle.append(_start(work, team))
+                connection = idle.pop()
+                with _alive(team[connection]):
+                    connection.send(task)
+                given += 1
+            if taken in done:
+                result, error = done.pop(taken)
+                if error is not None:
+                    raise error
+                taken += 1
+                yield result
+            elif taken == given:
+                return
+            else:
+                for connection in cast(list[Connection], wait([one for one in team if one not in idle])):
+                    with _alive(team[connection]):
+                        number, result, error = connection.recv()
+                    done[number] = result, error
+                    idle.append(connection)
     finally:
-        children = list(pool._processes.values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in children:
-            process.terminate()
-        for process in children:
+        for process in team.values():
+            process.kill()  # they clean up nothing; SIGTERM is lost on one that is just putting handlers in place
+        for connection, process in team.items():
             process.join()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+            connection.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _begin(work: Callable[[Any], Any], parent: int) -> None:
-    global _work
-    _work = work
+def _start(work: Callable[[Any], Any], team: dict[Connection, BaseProcess]) -> Connection:
+    """The pipe of one more process of the team."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+    process.start()
+    theirs.close()  # or the end of the process would not be the end of what can be read
+    team[ours] = process
+    return ours
+
+
+def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SIGPIPE stays ignored: the error it leaves is told apart below
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            number, task = connection.recv()
+            result, failed = None, None
+            try:
+                result = work(task)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                failed = error
+            connection.send((number, result, failed))
 
 
-def _do(task: Any) -> Any:
-    return _work(task)
+@contextlib.contextmanager
+def _alive(process: BaseProcess) -> Iterator[None]:
+    """Says so where the process at the other end of a pipe is not."""
+    try:
+        yield
+    except (EOFError, OSError):
+        process.join()
+        code = process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise Stopped(f"a worker was killed ({how}), perhaps for want of memory; try fewer --workers") from None
 
 
 def _end_with(parent: int) -> None:
