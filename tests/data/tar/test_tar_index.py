@@ -78,6 +78,19 @@ def test_an_index_is_not_taken_apart_for_a_few_keys(tmp_path, monkeypatch):
     assert index.find(["000049", "000007", "50"]) == {"000049": 49, "000007": 7}
 
 
+def test_no_two_writers_write_to_one_file(tmp_path, monkeypatch):
+    """Not even two of one host name and process number."""
+    shard = write_tar(tmp_path / "s.tar", numbered(0, 3))
+    begun = []
+    monkeypatch.setattr(
+        os, "replace", lambda source, target, was=os.replace: (begun.append(source), was(source, target))
+    )
+    for _ in range(2):
+        write_index(str(shard), index_path(str(shard)))
+    assert len(set(begun)) == 2
+    assert sorted(os.listdir(tmp_path)) == ["s.tar", "s.tar.index.safetensors"]
+
+
 def test_the_digest_is_of_the_contents_not_of_the_file(tmp_path):
     one, copy = (write_tar(tmp_path / name / "s.tar", numbered(0, 9)) for name in ("one", "copy"))
     other = write_tar(tmp_path / "other/s.tar", numbered(0, 9, lambda number: number % 8))

@@ -20,7 +20,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import socket
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -167,7 +167,9 @@ def write_index(shard: str, path: str, label_key: str | None = None) -> Head:
     """
     data = build_index(shard, label_key)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary = (
+        f"{path}.{secrets.token_hex(8)}.tmp"  # containers may have one host name, and each a process of this number
+    )
     try:
         with open(temporary, "wb") as file:
             file.write(data)
