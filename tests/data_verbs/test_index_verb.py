@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 
@@ -39,6 +40,25 @@ def test_builds_what_is_missing_and_nothing_else(shards, capsys, workers):
     assert code == 0
     assert out.startswith("50 images in 5 shards; 0 indexed in")
     assert "largest label 9" in out
+
+
+def test_class_names_are_counted_and_not_kept_by_shard(tmp_path, capsys):
+    members = [
+        pair for i in range(1000) for pair in ((f"{i}.png", b"-"), (f"{i}.json", f'{{"label": "n{i:08d}"}}'.encode()))
+    ]
+    first = write_tar(tmp_path / "000.tar", members)
+    assert "1000 class names" in index(capsys, "--path", first)[1]
+    for i in range(1, 200):
+        for suffix in ("", ".index.safetensors"):
+            os.link(f"{first}{suffix}", f"{tmp_path}/{i:03d}.tar{suffix}")
+    tracemalloc.start()
+    code, out, _ = index(capsys, "--path", tmp_path, "--workers", 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert code == 0
+    assert out.startswith("200000 images in 200 shards; 0 indexed in")
+    assert "1000 class names" in out
+    assert peak < 6_000_000, peak
 
 
 def test_check_reads_the_shards_again(shards, capsys):

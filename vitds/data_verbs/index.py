@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,18 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     shards = shards_at(options.path, "--path")
     work = _Work(options.index_dir, options.label_key, options.check)
     started, done = time.monotonic(), []
+    names: set[str] = set()
     with (
         Progress("shards checked" if options.check else "shards indexed", len(shards), unit="shards") as progress,
         contextlib.closing(each(work, shards, options.workers)) as results,
     ):
         for result in results:
+            if (head := result.head) is not None:  # lists of 1000 names for 300,000 shards would be 20 GB
+                names.update(head.class_names)
+                result = replace(result, head=replace(head, class_names=[], reasons=head.reasons[:1]))
             done.append(result)
             progress.add()
-    found = _summary(shards, done) | {"seconds": round(time.monotonic() - started, 2)}
+    found = _summary(shards, done) | {"class_names": len(names)} | {"seconds": round(time.monotonic() - started, 2)}
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -105,9 +109,8 @@ def _summary(shards: list[str], done: list[_Done]) -> dict[str, Any]:
         "indexed": sum(one.built for one in done),
         "images": sum(head.count for head in heads),
         "without_label": sum(head.unusable for head in heads),
-        "first_reasons": {shard: head.reasons[:1] for shard, head in list(unusable.items())[:_MOST_SHOWN]},
+        "first_reasons": {shard: head.reasons for shard, head in list(unusable.items())[:_MOST_SHOWN]},
         "multi_label": any(head.multi_label for head in heads),
-        "class_names": len({name for head in heads for name in head.class_names}),
         "largest_label": max((head.largest for head in heads if head.largest is not None), default=None),
         "wrong": {shard: one.wrong for shard, one in zip(shards, done, strict=True) if one.wrong},
     }
