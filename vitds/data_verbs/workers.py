@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 from vitds.errors import Stopped
 
+ENDING = {signal.SIGINT, signal.SIGTERM}
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 PIECES_AHEAD = 4
@@ -89,7 +90,13 @@ def _start(work: Callable[[Any], Any], team: dict[Connection, BaseProcess]) -> C
     """The pipe of one more process of the team."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
-    process.start()
+    # A signal that the process got before it has handlers of its own would raise there what it raises here, and a copy of
+    # this program would go on from the midst of it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()  # or the end of the process would not be the end of what can be read
     team[ours] = process
     return ours
@@ -98,6 +105,7 @@ def _start(work: Callable[[Any], Any], team: dict[Connection, BaseProcess]) -> C
 def _serve(work: Callable[[Any], Any], connection: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SIGPIPE stays ignored: the error it leaves is told apart below
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
