@@ -17,7 +17,7 @@ from vitds.cluster.doctor import verb as doctor
 from vitds.cluster.supervise import supervisor
 from vitds.config import RunFile, VitdsSection, load_run_file, prepare
 from vitds.data_verbs import verbs as data_verbs
-from vitds.errors import UserError
+from vitds.errors import UserError, nearest
 from vitds.metrics import MonitorSections
 from vitds.planning import verbs as planning_verbs
 from vitds.schedules import SCHEDULES
@@ -34,6 +34,17 @@ class _Arguments(argparse.ArgumentParser):
                 "bare. Put values with braces, quotes or blanks into the run file.)"
             )
         raise UserError(f"{message}\n{self.format_usage().strip()}")
+
+
+class _Verbs(argparse.ArgumentParser):
+    """Says of which verb an option is unknown, and which one is nearest."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument: {unknown[0]}{nearest(unknown[0].partition('=')[0], options)}")
+        return found, unknown
 
 
 def training_arguments(description: str | None) -> argparse.Namespace:
@@ -54,7 +65,7 @@ def training_arguments(description: str | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 where the user's input is wrong, else what the verb says."""
-    parser = argparse.ArgumentParser(prog="vitds", description=__doc__)
+    parser = _Verbs(prog="vitds", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     check = verbs.add_parser("check", help="check a run file as the trainer would, without starting anything")
     check.add_argument("--config", required=True)

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from vitds.cli import main
 from vitds.data_verbs.arguments import open_path, source_for
 from vitds.errors import UserError
 
@@ -33,3 +34,12 @@ def test_messages_name_the_argument(tmp_path):
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"^--path: .*no class folders"):
         open_path(str(tmp_path), "--path")
+
+
+def test_the_nearest_argument_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "pack", "--from", "x", "--to", "y", "--imagse-per-shard=3"])
+    error = capsys.readouterr().err
+    assert (
+        "vitds data pack: error: unknown argument: --imagse-per-shard=3 (did you mean '--images-per-shard'?)" in error
+    )
