@@ -79,11 +79,19 @@ def test_the_peak_is_what_is_given_or_known():
     assert peak_of(half, "H100", None).flops == 989e12
     assert peak_of(run(), "H100", None).flops == 989e12 / 2, "tf32"
     assert peak_of(half, "H100", 70.0).flops == 70e12
-    with pytest.raises(UserError, match=r"the peak of 'Z80' in bf16 is not known; give it by --peak-tflops"):
-        peak_of(half, "Z80", None)
+    assert peak_of(half, "h100 pcie", None).flops == 756e12
+    with pytest.raises(
+        UserError, match=r"--device: 'H1000' is not known \(did you mean 'H100'\?\); allowed: H200 NVL, "
+    ):
+        peak_of(half, "H1000", None)
+    full = types.SimpleNamespace(deepspeed={}, vitds=types.SimpleNamespace(train=types.SimpleNamespace(tf32=False)))
+    with pytest.raises(UserError, match=r"the peak of 'H100' in fp32 is not known; give it by --peak-tflops"):
+        peak_of(full, "H100", None)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("--workers", "1,x"), ("--mfu", "0"), ("--images", "0")])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("--workers", "1,x"), ("--mfu", "0"), ("--mfu", "50"), ("--images", "0")]
+)
 def test_arguments_that_make_no_sense_are_refused(run_file, argument, value):
     with pytest.raises(SystemExit):
         main(["data", "bench", "--config", str(run_file), argument, value])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -165,6 +166,30 @@ def test_what_cannot_be_compared_is_refused(images, capsys):
     assert "either --config, or --train-path and --eval-path" in capsys.readouterr().err
     assert run(images, "--work", str(images / "train" / "all" / "00.jpg" / "x")) == 2
     assert not (images / "list").exists()
+    for out, message in (
+        (images / "train", "is a directory"),
+        (images / "gone" / "list", "is not a directory that can be"),
+    ):
+        assert run(images, "--out", str(out), "--work", str(images / "work")) == 2
+        assert message in capsys.readouterr().err
+    assert not (images / "work").exists(), "found before the work is done"
+
+
+def test_a_full_disk_is_told_and_torn_hashes_are_made_again(images, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert run(images, "--workers", "1") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "list.jsonl.work': File too large" in capsys.readouterr().err
+    assert not list((images / "list.jsonl.work").iterdir())
+    assert run(images, "--workers", "1") == 0
+    first = (images / "list.jsonl").read_bytes()
+    (kept,) = (images / "list.jsonl.work").iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert run(images, "--workers", "1") == 0
+    assert (images / "list.jsonl").read_bytes() == first
 
 
 def test_a_list_made_before_is_not_in_the_way(images, capsys):

@@ -137,6 +137,16 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(folder, 
     assert not os.listdir(tmp_path / "packed")
 
 
+def test_a_place_that_cannot_be_packed_to_is_told(folder, tmp_path, capsys):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / ".packing").write_text("in the way")
+    assert pack(folder, tmp_path / "packed") == 1
+    assert ".packing: cannot be written (File exists)" in capsys.readouterr().err
+    assert pack(folder, folder / "shards") == 2
+    assert "lies in --from, where it would be one more class" in capsys.readouterr().err
+    assert not (folder / "shards").exists()
+
+
 def test_excluded_images_are_not_packed(folder, tmp_path):
     (tmp_path / "exclude.txt").write_text("ant/im.3.PNG\ncow/im.0.PNG\n")
     assert pack(folder, tmp_path / "packed", "--exclude", str(tmp_path / "exclude.txt"), "--workers", "1") == 0

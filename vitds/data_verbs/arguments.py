@@ -23,6 +23,17 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number in (0, 1], for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], found {text!r}")
+    return value
+
+
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add --workers, by default one for each core that this process may use."""
     cores = len(os.sched_getaffinity(0))

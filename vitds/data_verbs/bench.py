@@ -22,9 +22,9 @@ from vitds.data.order import build_order
 from vitds.data.samples import Images, rgb, rows_of
 from vitds.data.source import Sample
 from vitds.data.transforms import RESIZING, central_crop, random_crop
-from vitds.data_verbs.arguments import at_least_one, open_role
-from vitds.errors import UserError
-from vitds.metrics.speed import Peak, device_peak, named_peak
+from vitds.data_verbs.arguments import at_least_one, open_role, share
+from vitds.errors import UserError, one_of
+from vitds.metrics.speed import PEAKS_16_BIT, Peak, device_peak, named_peak
 from vitds.models import build_config, flops_per_image
 from vitds.progress import Progress
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peak-tflops", type=_positive, metavar="X", help="its dense TFLOP/s in the training precision"
     )
-    parser.add_argument("--mfu", type=_positive, default=0.5, metavar="X", help="part of that which it reaches; 0.5 when absent")  # fmt: skip
+    parser.add_argument("--mfu", type=share, default=0.5, metavar="X", help="part of that which it reaches; 0.5 when absent")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
@@ -170,6 +170,8 @@ def peak_of(run_file: Any, device: str | None, peak_tflops: float | None) -> Pea
     given = train.peak_tflops if device is None and peak_tflops is None else peak_tflops
     peak = device_peak(dist.device(), precision, given) if device is None or given is not None else None
     peak = peak or named_peak(device or DEFAULT_DEVICE, precision)
+    if peak is None and device is not None and named_peak(device, "bf16") is None:
+        raise UserError(f"{one_of('--device', device, PEAKS_16_BIT)}; or give its peak by --peak-tflops")
     if peak is None:
         raise UserError(
             f"--device: the peak of {device or DEFAULT_DEVICE!r} in {precision} is not known; give it by --peak-tflops"

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from vitds.data import Source, build_source
 from vitds.data.images import Unusable
-from vitds.data_verbs.arguments import add_config, add_workers, open_path, open_role
+from vitds.data_verbs.arguments import add_config, add_workers, open_path, open_role, share
 from vitds.data_verbs.near import Near
 from vitds.data_verbs.phash import EDGE, VIEWS, WIDE_EDGE, grey, hashes, is_flat, similarity, view
 from vitds.data_verbs.workers import each
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--similarity",
-        type=_similarity,
+        type=share,
         default=SIMILARITY,
         metavar="S",
         help=f"least correlation; {SIMILARITY} by default",
@@ -105,6 +106,12 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     train, evaluation = _sources(options, load)
     if train.digest() == evaluation.digest():
         raise UserError("vitds data dedup: the training and the evaluation images are the same")
+    if options.out.is_dir():  # and not after hours of work
+        raise UserError(f"--out {str(options.out)!r}: is a directory; give a file's name")
+    if not os.access(options.out.parent, os.W_OK):
+        raise UserError(
+            f"--out {str(options.out)!r}: {str(options.out.parent)!r} is not a directory that can be written"
+        )
     work = options.work or options.out.with_name(f"{options.out.name}.work")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -219,13 +226,14 @@ def hashed(source: Source, digest: str, piece: range, work: Path) -> Hashed:
     """The hashes of these images, from the working directory or decoded and kept there."""
     path = work / f"{digest}-{piece.start:012d}-{len(piece)}-v{FORMAT}.safetensors"
     if path.exists():
-        kept = load_file(path)
-        return Hashed(piece.start, kept["words"], kept["state"], None)
+        with contextlib.suppress(SafetensorError):  # torn when its host went down: made again
+            kept = load_file(path)
+            return Hashed(piece.start, kept["words"], kept["state"], None)
     small, state = decoded(source, piece)
     found = Hashed(piece.start, np.where(state == SOUND, hashes(small), np.uint64(0)), state, small)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({"words": found.words, "state": found.state}, temporary)
+        temporary.write_bytes(save({"words": found.words, "state": found.state}))
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--work {str(work)!r}: {error.strerror or error}") from None
@@ -287,13 +295,3 @@ def _distance(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text) < 16:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 15, found {text!r}")
     return int(text)
-
-
-def _similarity(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], found {text!r}")
-    return value

@@ -58,6 +58,8 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
         raise UserError(f"--prefix {options.prefix!r}: only letters, digits, - and _ can stand in it")
     started = time.monotonic()
     source, root = open_folder(options.folder, options.exclude)
+    if options.to.resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"--to {str(options.to)!r}: lies in --from, where it would be one more class; take another")
     sizes = _sizes(source, root)
     order = None if options.shuffle is None else FullOrder(options.shuffle, len(source))
     job = Packing(source, sizes, order, _cuts(options, sizes, order), options.prefix, options.to)

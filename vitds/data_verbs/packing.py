@@ -75,6 +75,7 @@ class Packing:
 
         Raises:
             UserError: the directory holds something else, or has less space than is needed.
+            Stopped: it cannot be written.
         """
         told = next((path for path in (self.to / RECORD, self.work / RECORD) if path.exists()), None)
         if told is not None:
@@ -91,8 +92,9 @@ class Packing:
                 raise UserError(
                     f"--to {str(self.to)!r}: {free / 1e9:.3f} GB are free there, {len(missing)} shards take {needed / 1e9:.3f} GB"
                 )
-            self.work.mkdir(exist_ok=True)
-            write_json(self.work / RECORD, record)
+            with _written(self.work):
+                self.work.mkdir(exist_ok=True)
+                write_json(self.work / RECORD, record)
         return missing
 
     def write(self, number: int) -> int:
@@ -105,33 +107,34 @@ class Packing:
         path = self.work / self.name(number)
         temporary = path.with_name(f"{path.name}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                self._fill(file, number)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            write_index(str(path), index_path(str(path)))
-        except OSError as error:
-            raise Stopped(
-                f"{path}: cannot be written ({error.strerror or error}); finished shards are kept, and the same command "
-                "goes on with the others"
-            ) from None
+            with _written(path):
+                with open(temporary, "wb") as file:
+                    self._fill(file, number)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                write_index(str(path), index_path(str(path)))
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         return number
 
     def finish(self) -> None:
-        """Give the shards their true places, and last of all the record that says that they are all there."""
+        """Give the shards their true places, and last of all the record that says that they are all there.
+
+        Raises:
+            Stopped: the directory cannot be written.
+        """
         if not self.work.exists():
             return
-        write_json(self.to / CLASSES, list(self.source.class_names))
-        for number in self.shards:
-            for path in (self.work / self.name(number), Path(index_path(str(self.work / self.name(number))))):
-                if path.exists():  # not moved by a start before this one
-                    os.replace(path, self.to / path.name)
-        os.replace(self.work / RECORD, self.to / RECORD)
-        shutil.rmtree(self.work)
+        with _written(self.to):
+            write_json(self.to / CLASSES, list(self.source.class_names))
+            for number in self.shards:
+                for path in (self.work / self.name(number), Path(index_path(str(self.work / self.name(number))))):
+                    if path.exists():  # not moved by a start before this one
+                        os.replace(path, self.to / path.name)
+            os.replace(self.work / RECORD, self.to / RECORD)
+            shutil.rmtree(self.work)
 
     def _is_there(self, number: int) -> bool:
         paths = (place / self.name(number) for place in (self.to, self.work))
@@ -190,6 +193,18 @@ def alone(directory: Path) -> Iterator[None]:
         raise UserError(f"--to {str(directory)!r}: another command is packing there") from None
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Says what it means that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise Stopped(
+            f"{path}: cannot be written ({error.strerror or error}); finished shards are kept, and the same command "
+            "goes on with the others"
+        ) from None
 
 
 def _add(file: BinaryIO, name: str, data: bytes) -> None:

@@ -70,10 +70,10 @@ def device_peak(device: torch.device, precision: str, peak_tflops: float | None 
 
 
 def named_peak(device_name: str, precision: str) -> Peak | None:
-    """The peak of a device by the name its driver gives, "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
+    """The peak of a device by the name its driver gives, "NVIDIA H100 80GB HBM3", or the user; None if not in the table."""
     for name, flops in PEAKS_16_BIT.items():
         # A name stands alone, so that A10 is found neither in A100 nor in A10G.
-        if not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", device_name):
+        if not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", device_name, re.IGNORECASE):
             continue
         if precision == "fp32":  # not made on tensor cores
             return None
