@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -47,6 +49,21 @@ def test_headers_tell_sizes_and_formats(folder, workers, capsys):
     assert (found["largest"]["width"], found["largest"]["height"]) == (40, 30)
     assert [one["key"] for one in found["broken"]] == ["bee/text.png"]
     assert "cannot identify" in found["broken"][0]["reason"]
+
+
+def test_sixteen_bits_are_found_in_colours_too(tmp_path, capsys):
+    (tmp_path / "ant").mkdir()
+    Image.fromarray(np.zeros((4, 160, 3), np.uint8)).save(tmp_path / "ant" / "8.png")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "ant" / "grey.png")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 3, 2, 16, 2, 0, 0, 0)  # 3×2 pixels, 16 bits, red green blue
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(2 * (1 + 3 * 6)))), chunk(b"IEND", b"")]
+    (tmp_path / "ant" / "colours.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert main(["data", "stats", "--path", str(tmp_path), "--json", "--decode"]) == 0
+    assert json.loads(capsys.readouterr().out)["kinds"] == {"16-bit": 2}
 
 
 def test_decoding_finds_what_headers_do_not_tell(folder, capsys):

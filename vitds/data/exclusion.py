@@ -11,7 +11,7 @@ import numpy as np
 
 from vitds.data.images import Unusable
 from vitds.data.source import Label, Sample, Source
-from vitds.errors import UserError
+from vitds.errors import UserError, nearest
 
 
 class Excluding(Source):
@@ -114,8 +114,12 @@ def read_keys(path: str, place: str) -> list[str]:
                     keys[_key_of(line, f"{place}: {path}: line {number}")] = None
                 elif name := line.rstrip("\r\n"):
                     keys[name] = None
+    except FileNotFoundError:
+        folder, name = os.path.split(path)
+        siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+        raise UserError(f"{place}: {path!r}: no such file{nearest(name, siblings)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: {path!r} cannot be read: {error}") from None
+        raise UserError(f"{place}: {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return list(keys)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from vitds.data.images import FORMATS, MAX_PIXELS, Unusable, decode
 from vitds.data.source import Sample
@@ -81,7 +81,7 @@ class Tally:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise Unusable(f"{width}×{height} pixels are more than {MAX_PIXELS}")
-        kinds = [KINDS[image.mode]] if image.mode in KINDS else ["16-bit"] if image.mode.startswith("I") else []
+        kinds = [KINDS[image.mode]] if image.mode in KINDS else ["16-bit"] if _has_16_bits(image) else []
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             kinds.append("alpha")
         turn = _orientation(image)
@@ -119,6 +119,12 @@ def quantiles(counts: Counter[int]) -> dict[str, int]:
     share = np.cumsum([counts[int(value)] for value in values]) / counts.total()
     at = {"least": 0.0, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "most": 1.0}
     return {name: int(values[min(int(np.searchsorted(share, part)), len(values) - 1)]) for name, part in at.items()}
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Of colours the mode does not tell; how Pillow will unpack a PNG's pixels does."""
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) and image.format == "PNG" else []
+    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in tiles)
 
 
 def _orientation(image: Image.Image) -> int:
