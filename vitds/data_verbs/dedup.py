@@ -231,15 +231,7 @@ def hashed(source: Source, digest: str, piece: range, work: Path) -> Hashed:
             return Hashed(piece.start, kept["words"], kept["state"], None)
     small, state = decoded(source, piece)
     found = Hashed(piece.start, np.where(state == SOUND, hashes(small), np.uint64(0)), state, small)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save({"words": found.words, "state": found.state}))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--work {str(work)!r}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    _put(path, save({"words": found.words, "state": found.state}), f"--work {str(work)!r}")
     return found
 
 
@@ -266,12 +258,17 @@ def _write(out: Path, matches: Sequence[Match]) -> None:
         json.dumps({**vars(match), "similarity": round(match.similarity, 4)}, ensure_ascii=False) + "\n"
         for match in sorted(matches, key=lambda one: one.key)
     ]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    _put(out, "".join(lines).encode(), f"--out {str(out)!r}")
+
+
+def _put(path: Path, data: bytes, place: str) -> None:
+    """Write a whole file or none; `place` names it in messages."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, out)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"--out {str(out)!r}: {error.strerror}") from None
+        raise UserError(f"{place}: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
