@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -156,6 +159,21 @@ def test_hashes_are_kept_and_the_list_is_the_same_again(images, monkeypatch, cap
     assert run(images, "--workers", "1") == 0
     assert len(decoded) == 14 + 60  # other images, other hashes
     assert "4 of 60 training images look like 3 of 14 evaluation images, 1 of them mirrored" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_are_listed_too(images):
+    os.rename(images / "train" / "all" / "07.jpg", os.fsencode(images / "train" / "all") + b"/\xff7.jpg")
+    assert run(images, "--workers", "1") == 0
+    assert r'"all/\udcff7.jpg"' in (images / "list.jsonl").read_text(encoding="utf-8")
+    section = SourceSection("folder", path=str(images / "train"), exclude=str(images / "list.jsonl"))
+    assert len(build_source(section, "train")) == 61 - 4
+    with open(os.fsencode(images / "train" / "all") + b"/\xff8.jpg", "wb"):
+        pass
+    stats = [sys.executable, "-m", "vitds.cli", "data", "stats", "--path", images / "train", "--json", "--workers", "1"]
+    found = subprocess.run(
+        stats, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, check=False
+    )
+    assert [one["key"] for one in json.loads(found.stdout)["broken"]] == ["all/99.jpg", "all/\udcff8.jpg"], found.stderr
 
 
 def test_what_cannot_be_compared_is_refused(images, capsys):

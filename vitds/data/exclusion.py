@@ -108,7 +108,7 @@ def read_keys(path: str, place: str) -> list[str]:
     """
     keys: dict[str, None] = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:  # as Python reads names of files
             for number, line in enumerate(file, 1):
                 if line.startswith("{"):
                     keys[_key_of(line, f"{place}: {path}: line {number}")] = None
@@ -118,8 +118,8 @@ def read_keys(path: str, place: str) -> list[str]:
         folder, name = os.path.split(path)
         siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
         raise UserError(f"{place}: {path!r}: no such file{nearest(name, siblings)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: {path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{place}: {path!r} cannot be read: {error.strerror}") from None
     return list(keys)
 
 

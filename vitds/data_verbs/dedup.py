@@ -258,7 +258,7 @@ def _write(out: Path, matches: Sequence[Match]) -> None:
         json.dumps({**vars(match), "similarity": round(match.similarity, 4)}, ensure_ascii=False) + "\n"
         for match in sorted(matches, key=lambda one: one.key)
     ]
-    _put(out, "".join(lines).encode(), f"--out {str(out)!r}")
+    _put(out, "".join(lines).encode(errors="backslashreplace"), f"--out {str(out)!r}")
 
 
 def _put(path: Path, data: bytes, place: str) -> None:

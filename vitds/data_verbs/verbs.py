@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,8 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     Raises:
         UserError: arguments, a run file or images that cannot be used as they are.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that is not UTF-8, as JSON has it
     try:
         return VERBS[options.action].run(options, load)
     except (StorageError, Stopped) as error:
