@@ -51,7 +51,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         # A line that a crash tore must not swallow this one.
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             line = "\n" + line
-        file.write(line.encode())
+        file.write(line.encode(errors="backslashreplace"))  # names of files need not be UTF-8
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

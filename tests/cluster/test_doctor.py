@@ -301,6 +301,8 @@ def test_a_start_removes_stale_locks_and_no_others(tmp_path, monkeypatch, capsys
         late = {"path": str(held), "idle": 1e9, "holder": None}  # a builder that has come since somebody looked
         assert not probe.remove_if_stale(late)["removed"]
         assert held.exists()
+    gone = {"path": str(stale), "idle": 1e9, "holder": None}  # another host of the same file system was quicker
+    assert probe.remove_if_stale(gone)["removed"]
     assert str(stale) in capsys.readouterr().err
 
 

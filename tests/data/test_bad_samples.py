@@ -1,6 +1,7 @@
 """Bad samples: each counted once over ranks and starts, the cap, and the loaders that meet them."""
 
 import itertools
+import os
 
 import pytest
 from PIL import Image
@@ -43,6 +44,16 @@ def test_each_image_is_counted_once_however_often_it_is_met_and_in_whichever_sta
     second.share()
     assert second.row("train") == {"data/bad_samples": 3}
     assert [line["key"] for line in kept(directory)] == ["b/2.png", "a/1.png", "a/1.png", "c/3.png"]
+
+
+def test_a_name_that_is_not_utf_8_is_written_and_known_again(tmp_path):
+    bad = BadSample(os.fsdecode(b"a/caf\xe9.png"), "torn", 17)
+    for _ in range(2):
+        start = BadSamples(9, RunDirectory(tmp_path))
+        start.meet("train", [bad])
+        start.share()
+        assert start.row("train") == {"data/bad_samples": 1}
+    assert [line["key"] for line in kept(RunDirectory(tmp_path))] == [bad.key]
 
 
 def test_more_than_the_cap_end_this_start_and_the_next_one(tmp_path):

@@ -39,25 +39,29 @@ def test_a_small_run_is_measured(run_file, capsys):
     assert set(found["images_per_second_by_workers"]) == {"0", "1"}
     assert found["device"] == "312 TFLOP/s, A100 bf16 dense"
     assert found["images_per_second_per_host"] == 2 * found["images_per_second_per_gpu"] > 0
-    assert main([*arguments, "--peak-tflops", "0.001"]) == 0
+    assert main([*arguments, "--peak-tflops", "0.001", "--gpus-per-host", "1"]) == 0
     printed = capsys.readouterr().out
     assert "device will be the bottleneck" in printed
     assert "1 workers: " in printed
 
 
 def test_a_device_that_needs_less_than_there_is_is_the_bottleneck():
-    # 2 workers make 800 images/s, so a core makes 400; 4 GPUs of 350 take 1400: 4 cores of 8, one worker for each rank.
+    # 2 workers make 800 images/s, so a core makes 400; 4 GPUs of 350 take 1400: 4 cores beside the ranks' own 4, one worker for each rank.
     found = verdict({0: 300.0, 2: 800.0}, STAGES, needed=350, gpus=4, cores=8, num_workers=0)
     assert found["bottleneck"] == "device"
     assert (found["images_per_second_per_core"], found["cores_needed"], found["advice"]) == (400, 4, [])
-    found = verdict({2: 800.0}, STAGES, needed=450, gpus=4, cores=8, num_workers=1)
+    assert verdict({2: 800.0}, STAGES, needed=350, gpus=4, cores=7, num_workers=0)["bottleneck"] == "loader"
+    found = verdict({2: 800.0}, STAGES, needed=450, gpus=4, cores=9, num_workers=1)
     assert (found["cores_needed"], found["advice"]) == (5, ["vitds.data.num_workers of 2 (it is 1)"])
 
 
 def test_a_loader_that_is_too_slow_hears_what_would_help():
-    found = verdict({1: 400.0, 16: 500.0}, STAGES, needed=1000, gpus=8, cores=8, num_workers=0)
+    found = verdict({1: 400.0, 16: 500.0}, STAGES, needed=1000, gpus=8, cores=16, num_workers=0)
     assert (found["bottleneck"], found["cores_needed"]) == ("loader", 20)
-    assert "8 GPUs take 8000 images/s, which needs 20 cores; this host has 8, for 3200 images/s" in found["verdict"]
+    assert (
+        "8 GPUs take 8000 images/s, which needs 20 cores; this host has 16, of which the ranks leave 8, for 3200 images/s"
+        in found["verdict"]
+    )
     assert [
         word for word in ("num_workers", "storage", "smaller files", "cores") if word in "; ".join(found["advice"])
     ] == [

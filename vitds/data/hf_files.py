@@ -68,6 +68,7 @@ def load(root: str, split: str | None, files: list[str], place: str) -> Dataset:
             f"{place.rpartition('.')[0]}.source: 'hf' needs the library `datasets`, which cannot be imported ({error}); "
             'pip install "vitds[hf]"'
         ) from error
+    datasets.disable_progress_bars()  # a job's log is no terminal
     datasets.config.HF_HUB_OFFLINE = True  # else load_dataset reports every use to a server, and waits for it
     try:
         if not files:

@@ -194,8 +194,9 @@ def verdict(
     parallel = [workers for workers in rates if 0 < workers <= cores]
     per_core = max((rates[workers] / workers for workers in parallel), default=max(rates.values()))
     on_host, cores_needed = gpus * needed, math.ceil(gpus * needed / per_core)
+    free = max(0, cores - gpus)  # each rank keeps a core busy itself
     workers = math.ceil(needed / per_core)
-    enough = cores_needed <= cores
+    enough = cores_needed <= free
     advice = []
     if enough and max(1, num_workers) < workers:
         advice.append(f"vitds.data.num_workers of {workers} (it is {num_workers})")
@@ -214,8 +215,8 @@ def verdict(
         "cores_needed": cores_needed,
         "bottleneck": "device" if enough else "loader",
         "verdict": (
-            f"{gpus} GPUs take {on_host:.0f} images/s, which needs {cores_needed} cores; this host has {cores}, for "
-            f"{cores * per_core:.0f} images/s: the {'device' if enough else 'loader'} will be the bottleneck"
+            f"{gpus} GPUs take {on_host:.0f} images/s, which needs {cores_needed} cores; this host has {cores}, of which "
+            f"the ranks leave {free}, for {free * per_core:.0f} images/s: the {'device' if enough else 'loader'} will be the bottleneck"
         ),
         "advice": advice,
     }

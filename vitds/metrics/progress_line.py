@@ -25,7 +25,9 @@ class ProgressLine:
     def show(self, step: int, row: dict[str, float]) -> None:
         """What `row` holds of loss, learning rate, speed and gradient norm after `step` updates; other metrics of
         evaluations get a line that stays."""
-        measured = {name: value for name, value in row.items() if not name.startswith(("train/", "perf/", "cluster/"))}
+        measured = {
+            name: value for name, value in row.items() if not name.startswith(("train/", "perf/", "cluster/", "data/"))
+        }
         if "train/loss" in row:
             line = self.line(step, row)
             self._write(f"\r\x1b[K{line}" if self._rewrites else f"{line}\n")

@@ -255,12 +255,11 @@ def holder_of(path: Path) -> int | None:
 
 
 def remove_if_stale(lock: dict[str, Any]) -> dict[str, Any]:
-    """Remove a lock whose owner cannot be alive; adds {removed} to it.
+    """Remove a lock whose owner cannot be alive; adds {removed} to it, also where another host has done so.
 
     One remover at a time; and two looks, for a builder closes its lock a moment before it removes it.
     """
     path = Path(lock["path"])
-    removed = False
     with suppress(OSError):
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -270,10 +269,9 @@ def remove_if_stale(lock: dict[str, Any]) -> dict[str, Any]:
             alone = lock["idle"] > LOCK_IDLE_SECONDS or _only_ours(path)
             if alone and holder_of(path) is None and path.stat().st_ino == before:
                 path.unlink()
-                removed = True
         finally:
             os.close(directory)
-    return {**lock, "removed": removed}
+    return {**lock, "removed": not path.exists()}
 
 
 def _only_ours(path: Path) -> bool:
