@@ -115,6 +115,14 @@ def chain(tmp_path: Path, top: str) -> list[str]:
     return ["bash", str(tmp_path / "mine.sh")]
 
 
+def command_of(pid):
+    """Empty for a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 @pytest.mark.parametrize(
     ("top", "killed", "reason"),
     [
@@ -159,7 +167,7 @@ def test_the_chain_of_launchers(tmp_path, top, killed, reason):
             assert ask(it) == reason
         finally:
             it.stdin.close()  # the rank ends, and with it its parents
-    while parent_of(rank) is not None and b"rank.py" in Path(f"/proc/{rank}/cmdline").read_bytes():
+    while b"rank.py" in command_of(rank):
         os.sched_yield()
 
 

@@ -125,8 +125,8 @@ def saving(rank: int, watch: Watch) -> None:
             time.sleep(2 * BOUND + GRACE)
     watch.beat(step)
     dist.any_rank([False])
-    deadline = time.monotonic() + 10
-    while rank == 0 and watch._bulletin.call() is not None:  # the others had called it
+    deadline = time.monotonic() + PATIENCE
+    while watch._bulletin.call() is not None:  # the others had called; one that waited in silence might call again
         assert time.monotonic() < deadline
         watch.beat(step)
         time.sleep(0.05)

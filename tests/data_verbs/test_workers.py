@@ -85,8 +85,9 @@ def test_ending_amid_large_results_does_not_hang():
 
 
 SLEEPERS = """
-import os, sys, time
+import os, signal, sys, time
 from vitds.data_verbs.workers import each
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 def work(i):
     os.write(1, b"%d\\n" % os.getpid())  # in one piece
     time.sleep(600)
