@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from vitds.data.images import Unusable
-from vitds.data.source import Label, Sample, Source
+from vitds.data.source import Label, Sample, Source, classes_of
 from vitds.errors import UserError, nearest
 
 
@@ -61,7 +61,7 @@ class Excluding(Source):
         if found:  # Seldom, and then those that are left out do not count: their labels may be why.
             labels = (self.source.label(index) for index in self.excluded.tolist())
             found -= sum(
-                not isinstance(label, Unusable) and max(_listed(label), default=-1) >= bound for label in labels
+                not isinstance(label, Unusable) and max(classes_of(label), default=-1) >= bound for label in labels
             )
         return found
 
@@ -70,10 +70,6 @@ class Excluding(Source):
         found = hashlib.blake2b(self.source.digest().encode(), digest_size=16)
         found.update(self.excluded.astype("<i8").tobytes())
         return found.hexdigest()
-
-
-def _listed(label: Label) -> list[int]:
-    return label if isinstance(label, list) else [label]
 
 
 def leave_out(source: Source, path: str, place: str) -> Source:

@@ -16,7 +16,7 @@ from vitds.data.images import LazyJpeg, Unusable, decode, decode_lazily
 from vitds.data.order import Order
 from vitds.data.randomness import augmentation_rng, mixup_rng
 from vitds.data.skips import batch_start
-from vitds.data.source import Label, Sample, Source
+from vitds.data.source import Label, Sample, Source, classes_of
 from vitds.data.sources import Role
 from vitds.data.storage import StorageError
 from vitds.data.transforms import RESIZING, Picture, Transform
@@ -90,7 +90,7 @@ class Images:
     def _checked(self, label: Label | Unusable) -> Label:
         if isinstance(label, Unusable):
             raise label
-        for one in (label,) if isinstance(label, int) else label:
+        for one in classes_of(label):
             if not 0 <= one < self.num_classes:
                 raise Unusable(f"label {one} is not one of the model's {self.num_classes} classes")
         return label

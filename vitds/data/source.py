@@ -73,6 +73,11 @@ class Source(ABC):
         return hashlib.blake2b(repr((len(self), list(self.class_names))).encode(), digest_size=16).hexdigest()
 
 
+def classes_of(label: Label) -> list[int]:
+    """The classes that a label names, whether it is one or a list of them."""
+    return label if isinstance(label, list) else [label]
+
+
 def images_of(train: Source, evaluation: Source | None) -> dict[str, dict[str, Any]]:
     """By role, the number and the digest of the images: what a run keeps to know them again."""
     sources = {"train": train, **({"eval": evaluation} if evaluation is not None else {})}

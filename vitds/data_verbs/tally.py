@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from vitds.data.images import FORMATS, MAX_PIXELS, Unusable, decode
-from vitds.data.source import Sample
+from vitds.data.source import Sample, classes_of
 
 ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 KINDS = {"L": "grey", "1": "1-bit", "P": "palette", "CMYK": "CMYK", "YCCK": "CMYK"}
@@ -59,7 +59,7 @@ class Tally:
         try:
             if isinstance(label, Unusable):
                 raise label
-            listed = label if isinstance(label, list) else [label]
+            listed = classes_of(label)
             self.labels.update(set(listed))
             self.labels_per_image[len(listed)] += 1
             wrong = [one for one in listed if one < 0 or (num_classes is not None and one >= num_classes)]
