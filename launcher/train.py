@@ -20,7 +20,7 @@ from vitds.guard import Guard
 from vitds.interruption import Interruption, outlive_the_console
 from vitds.launched import adopt
 from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
-from vitds.models import flops_per_image
+from vitds.models import execute_as, flops_per_image
 from vitds.optim.groups import describe
 from vitds.run_directory import RunDirectory
 from vitds.zero import TrainingEngine, explain, init_distributed, observed, refusals_shared
@@ -51,10 +51,8 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
     """Engine, state, and all steps from where the run is to its end."""
     part, model, every, (train_source, eval_source) = run.vitds, plan.model, plan.lengths, plan.sources
     config, total, schedule = model.config, every.total, every.schedule
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = part.train.tf32
     engine = TrainingEngine(model, plan.groups, run.optimizer, run.deepspeed, run.accumulation)
-    if part.train.compile:
-        model.compile_blocks()
+    execute_as(part.train, model, engine.device)
     state = RunState(engine, model, schedule, run.resolved, plan.processor, directory, part.checkpoint, part.ema)
     state.during = watch.during
     bad = BadSamples(part.data.max_bad_samples, directory)

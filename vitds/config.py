@@ -21,11 +21,12 @@ from vitds.errors import UserError
 from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
 from vitds.metrics import MonitorSections, monitor_sections
-from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config
+from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config, check_compile_mode
 from vitds.optim import check_optimizer
 from vitds.optim.groups import Group, build_groups
 from vitds.schedules import Schedule, SchedulerSection, build_schedule
-from vitds.sections import Duration, check_least, key, parse, to_json, typed
+from vitds.sections import key, parse, to_json, typed
+from vitds.train_section import TrainSection
 from vitds.zero.engine import OWN_NAMES, client_optimizer, other_optimizer_names, precision, zero_stage
 from vitds.zero.section import check_deepspeed_section
 
@@ -36,30 +37,6 @@ DEFAULT_OPTIMIZER = {
 MONITORS = ("tensorboard", "wandb", "csv_monitor")
 OURS = ("vitds", "_about", "scheduler", *MONITORS)
 """Top-level sections that never reach DeepSpeed; `optimizer` does not either where the class is ours."""
-
-
-@dataclass(frozen=True)
-class TrainSection:
-    """How long, with which seed, and how often what is done beside the steps."""
-
-    total: Duration = key(Duration(10_000), "Length of the run.")
-    seed: int = key(0, "Seed of the initial weights, the order of images and their augmentation.")
-    activation_checkpointing: str = key(
-        "none", "Recompute activations in the backward pass: none, full, every:N blocks or selective."
-    )
-    compile: bool = key(False, "Compile the transformer blocks with torch.compile.")
-    tf32: bool = key(True, "Let fp32 matrix products use TF32 on GPUs that have it.")
-    log_every: Duration = key(Duration(50), "Interval of metrics rows and progress lines.")
-    eval_every: Duration = key(Duration(0), "Interval of evaluations; 0 evaluates at the end only.")
-    diagnostics_every: Duration = key(
-        Duration(0), "Interval of per-block gradient, weight and update norms; 0 is never."
-    )
-    peak_tflops: float | None = key(
-        None, "Dense peak of one device in the training precision, for MFU; known for common GPUs."
-    )
-
-    def __post_init__(self) -> None:
-        check_least("vitds.train", self, seed=0, peak_tflops=0)
 
 
 @dataclass(frozen=True)
@@ -268,6 +245,7 @@ def _resolve(path: str, given: dict[str, Any], world_size: int | None) -> RunFil
         deepspeed["zero_optimization"].setdefault("stage", 2)
     deepspeed.setdefault("gradient_clipping", 1.0)
     check_deepspeed_section(deepspeed)
+    check_compile_mode(section.train.compile, section.train.compile_mode, zero_stage(deepspeed))
     micro = deepspeed.get("train_micro_batch_size_per_gpu")
     global_batch = deepspeed.get("train_batch_size")
     if global_batch is None:

@@ -8,6 +8,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vitds.models.card import model_card
 from vitds.models.config import ModelSection, ViTConfig, build_config
+from vitds.models.execution import ATTENTION, COMPILE_MODES, check_compile_mode, execute_as
 from vitds.models.image_processor import VitdsImageProcessor
 from vitds.models.losses import LOSSES
 from vitds.models.shapes import VARIANTS, Shape, flops_per_image, parameter_count, variant_shape
@@ -15,6 +16,8 @@ from vitds.models.transfer import resample_position_embedding
 from vitds.models.vit import ViTForImageClassification
 
 __all__ = [
+    "ATTENTION",
+    "COMPILE_MODES",
     "LOSSES",
     "VARIANTS",
     "ModelSection",
@@ -23,6 +26,8 @@ __all__ = [
     "ViTForImageClassification",
     "VitdsImageProcessor",
     "build_config",
+    "check_compile_mode",
+    "execute_as",
     "flops_per_image",
     "model_card",
     "parameter_count",
