@@ -79,6 +79,7 @@ TIGHT: dict[str, Any] = {
 SECTIONS: dict[str, dict[str, Any]] = {
     **{name: cells.CELLS[name] for name in ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3")},
     **{name: cells.CELLS[name] for name in ("bf16 z0", "bf16 z1", "bf16 z1 fp32 sums", "bf16 z2", "bf16 z3")},
+    **{name: cells.CELLS[name] for name in cells.CELLS if name.endswith("small flats")},
     "bf16 z2 bf16 sent": cell("bf16 z2", BF16_COMM),
     "fp32 z2 overlapping": cell("fp32 z2", overlap_comm=True),
     "fp32 z2 one owner a bucket": cell("fp32 z2", use_multi_rank_bucket_allreduce=False),
@@ -112,7 +113,8 @@ class Run:
     """Whether `make test` counts it too, on two ranks."""
 
 
-QUICK = ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3", "bf16 z0", "bf16 z1", "bf16 z2", "bf16 z3")
+QUICK = ("fp32 z0", "fp32 z1", "fp32 z2", "fp32 z3", "bf16 z0", "bf16 z1", "bf16 z2", "bf16 z3",
+         "bf16 z1 fp32 sums small flats", "bf16 z2 small flats")  # fmt: skip
 FROZEN = ([r"blocks\.0\..*|pos_embed", {"frozen": True}],)
 RUNS: dict[str, Run] = {
     **{f"{name}, 1 micro": Run(name, 1, quick=name in QUICK[:4]) for name in SECTIONS if name not in HPZ},
@@ -140,9 +142,9 @@ def count(run: Run) -> list[tuple[str, int, int]]:
     global COUNTED
     ranks = dist.world_size()
     batch = run.micro_batches * ranks
-    cells.CELLS["counted"] = SECTIONS[run.section]
+    cells.CELLS.setdefault(run.section, SECTIONS[run.section])
     engine, model = small.build_engine(
-        "counted",
+        run.section,
         run.optimizer,
         global_batch=batch,
         accumulation=run.micro_batches,

@@ -15,6 +15,7 @@ import torch
 from tests.launching import ROOT, deepspeed
 from tests.planning import counted
 from tests.zero import small
+from tests.zero.cells import flat_elements
 from vitds.config import load_run_file
 from vitds.models import ViTForImageClassification, build_config
 from vitds.optim.groups import build_groups
@@ -48,7 +49,8 @@ def job_of(run: counted.Run) -> Job:
     )  # fmt: skip
     names = tuple(group.names for group in groups if not group.frozen)
     section = counted.SECTIONS[run.section]
-    return Job(model.shapes, model.factored_views(), names, section, run.optimizer, run.policy)
+    limit = flat_elements(run.section)
+    return Job(model.shapes, model.factored_views(), names, section, run.optimizer, run.policy, limit)
 
 
 @pytest.mark.launch

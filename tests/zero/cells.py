@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vitds.optim.groups import FLAT_ELEMENTS
+
 FP32: dict[str, Any] = {}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}}
@@ -45,5 +47,15 @@ CELLS: dict[str, dict[str, Any]] = {
     "fp16 z2": _cell(FP16, FP32_SUM, 2),
     "fp16 z3": _cell(FP16, FP32_SUM, 3),
 }
+SMALL_FLATS = {"fp32 z2": 5000, "fp32 z2 round-robin": 5000, "bf16 z1": 3000, "bf16 z1 fp32 sums": 3000, "bf16 z2": 1}
+CELLS |= {f"{cell} small flats": CELLS[cell] for cell in SMALL_FLATS}
+"""The same with groups cut into several flats, down to one for each parameter."""
+
+
+def flat_elements(cell: str) -> int:
+    """The largest flat of a rank in a cell."""
+    return SMALL_FLATS.get(cell.removesuffix(" small flats"), 0) if cell.endswith(" small flats") else FLAT_ELEMENTS
+
+
 ACCUMULATION = 2
 STEPS = 20

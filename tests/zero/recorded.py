@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.zero.cells import ACCUMULATION, CELLS, STEPS
+from tests.zero.cells import ACCUMULATION, CELLS, STEPS, flat_elements
 from vitds import dist
 from vitds.optim import adafactor
 from vitds.optim.groups import build_groups
@@ -106,10 +106,11 @@ class Recorded(torch.nn.Module):
         return torch.stack(terms).sum()
 
 
-def run(optimizer: str, section: dict, breaking: bool = False) -> dict[str, torch.Tensor]:
+def run(optimizer: str, cell: str) -> dict[str, torch.Tensor]:
     """Step one optimizer in one cell; this rank's fragments of the masters, keyed `name|start`."""
-    section = {**section, "train_micro_batch_size_per_gpu": 1, "train_batch_size": ACCUMULATION * dist.world_size()}
-    engine = TrainingEngine(Recorded(), groups(optimizer), {"type": optimizer, "params": {}}, section, ACCUMULATION)
+    section = {**CELLS[cell], "train_micro_batch_size_per_gpu": 1, "train_batch_size": ACCUMULATION * dist.world_size()}
+    choice = {"type": optimizer, "params": {}}
+    engine = TrainingEngine(Recorded(), groups(optimizer), choice, section, ACCUMULATION, flat_elements(cell))
     for shard in engine.master_shards():
         shard.data.copy_(initial(shard.name).view(-1)[shard.start : shard.start + shard.data.numel()])
     engine.refresh_weights()
@@ -133,12 +134,12 @@ def main(directory: str) -> None:
     init_distributed()
     results: dict[str, torch.Tensor] = {}
     for optimizer, cell in tried(dist.world_size()):
-        for key, value in run(optimizer, CELLS[cell]).items():
+        for key, value in run(optimizer, cell).items():
             results[f"{optimizer}|{cell}|{key}"] = value
     # The negative control: without the sum over ranks the run looks just as healthy, and must be caught.
     adafactor.sum_over_ranks = lambda tensor, group=None: tensor
     for cell in ("fp32 z1", "fp32 z2", "fp32 z3"):
-        for key, value in run("ModifiedAdafactor", CELLS[cell]).items():
+        for key, value in run("ModifiedAdafactor", cell).items():
             results[f"broken|{cell}|{key}"] = value
     save_file(results, str(Path(directory) / f"rank{dist.rank()}.safetensors"))
     dist.leave(0)

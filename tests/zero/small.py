@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.zero.cells import ACCUMULATION, CELLS
+from tests.zero.cells import ACCUMULATION, CELLS, flat_elements
 from vitds import dist
 from vitds.data import Batch, DataSection, SourceSection, to_model_range
 from vitds.models import ModelSection, ViTForImageClassification, build_config
@@ -45,7 +45,7 @@ def build_engine(
     )  # fmt: skip
     section = {**CELLS[cell], "train_batch_size": global_batch}
     section["train_micro_batch_size_per_gpu"] = global_batch // dist.world_size() // accumulation
-    engine = TrainingEngine(vit, groups, optimizer, section, accumulation)
+    engine = TrainingEngine(vit, groups, optimizer, section, accumulation, flat_elements(cell))
     if compiled:
         vit.compile_blocks(backend="aot_eager")  # what inductor does to the code is not ours to test
     return engine, vit

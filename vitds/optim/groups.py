@@ -11,6 +11,10 @@ from typing import Any
 from vitds.errors import UserError, nearest
 from vitds.sections import key, parse
 
+FLAT_ELEMENTS = 2**26
+"""Elements that a rank steps at a time at most: of a larger flat the fp32 gradient alone, made whole and dropped in every step, would take
+4 bytes an element, here 256 MiB; a smaller one costs launches and collectives (G/14 on one rank has 32 flats, on 64 ranks one a group)."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -104,6 +108,28 @@ def build_groups(
     if all(group.frozen for group in groups):
         raise UserError("vitds.groups: every parameter is frozen; nothing is left to train")
     return groups
+
+
+def flats_of(
+    names: Sequence[str], sizes: Mapping[str, int], ranks: int, limit: int = FLAT_ELEMENTS
+) -> tuple[tuple[str, ...], ...]:
+    """Cuts a group's parameters, in their order, into what is stepped as one flat at ZeRO stages 1 and 2.
+
+    Args:
+        names: of one group.
+        sizes: elements of every parameter.
+        ranks: over how many a flat is cut evenly.
+        limit: elements of a flat on one rank. No parameter is cut for it; one that is larger is alone.
+    """
+    flats = list[list[str]]()
+    filled = 0
+    for name in names:
+        if not flats or filled + sizes[name] > limit * ranks:
+            flats.append([])
+            filled = 0
+        flats[-1].append(name)
+        filled += sizes[name]
+    return tuple(map(tuple, flats))
 
 
 def describe(groups: Sequence[Group]) -> str:

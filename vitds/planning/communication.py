@@ -41,7 +41,7 @@ def communication(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     if ranks == 1:
         return []
     parts = _stage_3(job, ranks, micro_batches) if job.stage == 3 else _stages_0_to_2(job, ranks, micro_batches)
-    flats = _flats(job, ranks)
+    flats = job.flats(ranks)
     moments = [_factors(job, flat) for flat in flats] if job.stage > 0 else []
     parts += [Traffic("second moments", "all_reduce", 4 * size, 1, ranks) for size in moments if size]
     if job.optimizer["params"].get("clipping_threshold") is not None and job.stage > 0 and any(moments):
@@ -58,7 +58,7 @@ def totals(parts: Sequence[Traffic]) -> dict[str, int]:
 
 def _stages_0_to_2(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     stage, gradients, sizes = job.stage, job.trained, job.sizes
-    padded = [_padded(sum(sizes[name] for name in group), 2 * ranks) for group in job.groups]
+    padded = [_padded(sum(sizes[name] for name in flat), 2 * ranks) for flat in job.flats(ranks)]
     times = micro_batches if stage == 2 else 1
     kind, when, bucket = "all_reduce", "backward", int(job.zero.get("reduce_bucket_size", 5e8))
     trained = [name for name in sizes if name in job.names]
@@ -83,7 +83,7 @@ def _stages_0_to_2(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     if stage == 0 and not job.half and job.section.get("gradient_clipping", 0):
         parts.append(Traffic("scalars", "all_reduce", 4, 1, ranks))  # the norm, once more averaged
     if stage > 0 and not job.whole_gradients:
-        parts.append(Traffic("scalars", "all_reduce", 4 * len(job.groups), len(job.groups), ranks))  # squared norms
+        parts.append(Traffic("scalars", "all_reduce", 4 * len(padded), len(padded), ranks))  # squared norms
         if job.half:
             parts.append(Traffic("scalars", "all_reduce", 1, 1, ranks))  # was any gradient not finite
     return parts
@@ -126,7 +126,7 @@ def _stage_3(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
         payload = micro_batches * elements * job.gradient_bytes
         kind = "all_reduce" if alike else "reduce_scatter"
         parts.append(Traffic("gradients", kind, payload, micro_batches, ranks, "backward"))
-    flats = len(_flats(job, ranks))
+    flats = len(job.flats(ranks))
     return [*parts, Traffic("scalars", "all_reduce", 8 * flats, flats, ranks)]  # squared norms
 
 
@@ -141,24 +141,6 @@ def _persistent(job: Job) -> frozenset[str]:
     return frozenset(names)
 
 
-def _flats(job: Job, ranks: int) -> list[Sequence[str]]:
-    """What lies in each tensor that the optimizer steps: a group; at stage 3, cut after `sub_group_size` of a rank's elements."""
-    if job.stage < 3:
-        return list(job.groups)
-    sizes, limit = job.sizes, int(job.zero.get("sub_group_size", 1e9))
-    flats = list[Sequence[str]]()
-    for group in job.groups:
-        flat, held = list[str](), 0
-        for name in group:
-            flat.append(name)
-            held += math.ceil(sizes[name] / ranks)
-            if held >= limit:
-                flats.append(flat)
-                flat, held = [], 0
-        flats += [flat] if flat else []
-    return flats
-
-
 def _factors(job: Job, flat: Sequence[str]) -> int:
     """Elements of the row and column sums that ModifiedAdafactor adds up over the ranks for one flat."""
     if job.optimizer["type"] != "ModifiedAdafactor":
@@ -169,11 +151,11 @@ def _factors(job: Job, flat: Sequence[str]) -> int:
 
 
 def _places(job: Job, ranks: int) -> dict[str, tuple[int, int, int]]:
-    """(start in its group's flat, elements, elements of the flat that a rank owns) of every trained parameter."""
+    """(start in its flat, elements, elements of the flat that a rank owns) of every trained parameter."""
     places, sizes = dict[str, tuple[int, int, int]](), job.sizes
-    for group in job.groups:
-        share, start = _padded(sum(sizes[name] for name in group), 2 * ranks) // ranks, 0
-        for name in group:
+    for flat in job.flats(ranks):
+        share, start = _padded(sum(sizes[name] for name in flat), 2 * ranks) // ranks, 0
+        for name in flat:
             places[name] = (start, sizes[name], share)
             start += sizes[name]
     return places

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vitds.optim.groups import FLAT_ELEMENTS, flats_of
+
 BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "half": 2, "bf16": 2, "bfp16": 2, "bfloat16": 2}
 
 
@@ -54,6 +56,27 @@ class Job:
     """type and params."""
     policy: str = "none"
     """vitds.train.activation_checkpointing."""
+    flat_elements: int = FLAT_ELEMENTS
+    """Largest flat of a rank at stages 1 and 2."""
+
+    def flats(self, ranks: int) -> list[tuple[str, ...]]:
+        """What lies in each tensor that the optimizer steps: a group, cut into flats of limited size; at stage 3 it is
+        DeepSpeed that cuts, after `sub_group_size` of a rank's elements."""
+        sizes = self.sizes
+        if self.stage < 3:
+            cut = (flats_of(group, sizes, ranks, self.flat_elements) for group in self.groups)
+            return [flat for group in cut for flat in group]
+        limit, flats = int(self.zero.get("sub_group_size", 1e9)), list[tuple[str, ...]]()
+        for group in self.groups:
+            flat, held = list[str](), 0
+            for name in group:
+                flat.append(name)
+                held += math.ceil(sizes[name] / ranks)
+                if held >= limit:
+                    flats.append(tuple(flat))
+                    flat, held = [], 0
+            flats += [tuple(flat)] if flat else []
+        return flats
 
     def at_stage(self, stage: int, **zero: Any) -> Job:
         """The same job at another ZeRO stage, with other keys of `zero_optimization`."""

@@ -16,7 +16,7 @@ from vitds.errors import UserError
 from vitds.layout import Shard
 from vitds.optim import OPTIMIZERS, LayoutOptimizer, constructor_params
 from vitds.optim.elementwise import assert_elementwise
-from vitds.optim.groups import Group
+from vitds.optim.groups import FLAT_ELEMENTS, Group, flats_of
 from vitds.zero.foreign import ForeignState
 from vitds.zero.partitions import Partitions, loss_scaler_state, restore_loss_scaler, without_update
 
@@ -42,6 +42,7 @@ class TrainingEngine:
         optimizer: type and params as in the run file's `optimizer`.
         section: DeepSpeed's half of the run file.
         gradient_accumulation_steps: micro batches per optimizer step on this world size.
+        flat_elements: largest flat of a rank at stages 1 and 2 (`flats_of`).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TrainingEngine:
         optimizer: dict[str, Any],
         section: dict[str, Any],
         gradient_accumulation_steps: int,
+        flat_elements: int = FLAT_ELEMENTS,
     ) -> None:
         _check_precision(section)
         self.groups = {group.name: group for group in groups}
@@ -61,15 +63,18 @@ class TrainingEngine:
         for group in groups:
             for name in group.names:
                 parameters[name].requires_grad_(not group.frozen)
+        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        cut_here = zero_stage(section) in (1, 2)  # stage 3 cuts by itself, and stage 0 makes no flats
         parameter_groups = [
             {
-                "params": [parameters[name] for name in group.names],
+                "params": [parameters[name] for name in names],
                 "lr": group.lr * group.lr_mult,
                 "weight_decay": group.weight_decay,
                 "name": group.name,
             }
             for group in groups
             if not group.frozen and group.names
+            for names in (flats_of(group.names, sizes, dist.world_size(), flat_elements) if cut_here else [group.names])
         ]
         section = {
             **section,
