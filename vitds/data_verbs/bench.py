@@ -25,7 +25,6 @@ from vitds.data.transforms import RESIZING, central_crop, random_crop
 from vitds.data_verbs.arguments import at_least_one, open_role, share
 from vitds.errors import UserError, one_of
 from vitds.metrics.speed import PEAKS_16_BIT, Peak, device_peak, named_peak
-from vitds.models import build_config, flops_per_image
 from vitds.progress import Progress
 
 STAGES = ("read", "decode", "crop and resize", "other transforms", "collate", "transfer")
@@ -57,6 +56,8 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
         UserError: a run file or images that cannot be used, or a device whose peak is not known.
         StorageError: the storage failed, several times over.
     """
+    from vitds.models import build_config, flops_per_image  # here: its transformers would cost the other verbs four seconds
+
     run_file = load(options.config, options.set, world_size=None)
     peak = peak_of(run_file, options.device, options.peak_tflops)
     source, part = open_role(run_file, "train"), run_file.vitds
