@@ -19,7 +19,7 @@ from vitds.evaluation import evaluate_each
 from vitds.guard import Guard
 from vitds.interruption import Interruption, outlive_the_console
 from vitds.launched import adopt
-from vitds.metrics import Recorder, Speedometer, block_norms, closing_lines
+from vitds.metrics import Recorder, Speedometer, StepProfile, Window, block_norms, closing_lines
 from vitds.models import execute_as, flops_per_image
 from vitds.optim.groups import describe
 from vitds.run_directory import RunDirectory
@@ -41,13 +41,13 @@ def main() -> None:
                     dist.together(lambda: directory.refuse_other_run(run.resolved, plan.images))
                     preflight(directory.path, run.resolved, plan.images)
                     with watch.introduce(directory.incident):
-                        train(run, directory, plan, interruption, watch)
+                        train(run, directory, plan, interruption, watch, options.profile)
         except BaseException as error:
             dist.leave_after(error)
         dist.leave(0)
 
 
-def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Interruption, watch: Watch) -> None:
+def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption, watch: Watch, asked: Window) -> None:
     """Engine, state, and all steps from where the run is to its end."""
     part, model, every, (train_source, eval_source) = run.vitds, plan.model, plan.lengths, plan.sources
     config, total, schedule = model.config, every.total, every.schedule
@@ -67,13 +67,14 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
         return progress, loader, guard, origin
 
     progress, loader, guard, origin = go_on()
-    edge = partial(state.edge, interruption, bad, lambda: watch.beat(progress.step))  # where nothing is half done
+    edge = partial(state.edge, stop, bad, lambda: watch.beat(progress.step))  # where nothing is half done
     dist.together(lambda: directory.write_config(run.resolved, plan.images))
     logged = (directory, run.monitors, total, run.global_batch, progress.step, run.resolved)
     recorder = dist.together(lambda: Recorder(*logged))
     held_out = EvalLoader(eval_source, part.data, batch=run.micro_batch, **shared) if eval_source else None
     speed = Speedometer(flops_per_image(config), dist.world_size(), engine.dtype, engine.device, part.train)
     slow = Stragglers(part.cluster, engine.device, engine.stage)
+    profile = StepProfile(asked, directory, engine.device, recorder.say, progress.step, total)
     said = (describe(plan.groups), engine.describe(), state.describe(), speed.describe())
     recorder.say("\n".join([*filter(None, said), f"{origin}: step {progress.step} of {total}"]))
     directory.started(progress.step, origin)
@@ -91,7 +92,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
             if progress.step == total:
                 break
             rate = engine.set_learning_rate(schedule(progress.step))
-            with observed(engine, every.diagnose > 0 and (progress.step + 1) % every.diagnose == 0) as norms:
+            with profile.step(progress.step), observed(engine, every.diagnosed(progress.step + 1)) as norms:
                 batches, losses = list[Batch](), list[torch.Tensor]()
                 while len(batches) < run.accumulation:
                     if batches:
@@ -108,7 +109,8 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, interruption: Inter
                     losses.append(loss.detach())
                 mean_loss = dist.mean(torch.stack(losses))  # waits for the device, before anything is changed
                 verdict = guard.judge(mean_loss)
-                updated = engine.step(drop=verdict != "update")
+                with profile.optimizer():
+                    updated = engine.step(drop=verdict != "update")
             if verdict == "spike":
                 guard.check_spike(mean_loss, progress)
                 given_up = progress.last_batches(part.guard.spike_batches, run.global_batch)

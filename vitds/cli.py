@@ -11,6 +11,7 @@ import sys
 import typing
 from typing import Any, NoReturn
 
+from vitds import dist
 from vitds.checkpoint import verbs as checkpoint_verbs
 from vitds.cluster import schedulers
 from vitds.cluster.doctor import verb as doctor
@@ -18,7 +19,7 @@ from vitds.cluster.supervise import supervisor
 from vitds.config import RunFile, VitdsSection, load_run_file, prepare
 from vitds.data_verbs import verbs as data_verbs
 from vitds.errors import UserError, nearest
-from vitds.metrics import MonitorSections
+from vitds.metrics import MonitorSections, Window
 from vitds.planning import verbs as planning_verbs
 from vitds.schedules import SCHEDULES
 from vitds.sections import json_names, to_json
@@ -59,8 +60,12 @@ def training_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="run file: DeepSpeed's keys and a section vitds")
     parser.add_argument("--output-dir", required=True, help="directory of this run: checkpoints, metrics, events")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in vitds.train.seed=1")
+    parser.add_argument("--profile", type=Window.parse, default=Window(), metavar="FIRST:COUNT[:RANKS]",
+                        help="trace COUNT steps from step FIRST on, on rank 0 or RANKS, and say where their time went")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.profile.check_ranks(dist.world_size())
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -86,6 +86,10 @@ class Lengths:
         """Whether what is done at an interval is done after `step` updates; at the end it always is."""
         return step == self.total or (interval > 0 < step and step % interval == 0)
 
+    def diagnosed(self, step: int) -> bool:
+        """Whether the update that makes `step` updates is looked at more closely; the last one is like any other."""
+        return self.diagnose > 0 and step % self.diagnose == 0
+
 
 @dataclass(frozen=True)
 class RunFile:

@@ -7,6 +7,7 @@ train/grad_norm/<block>, train/param_norm/<block>, train/update_rms/<block>. Fra
 
 from vitds.metrics.blocks import block_norms, group_by_block
 from vitds.metrics.monitors import CsvSection, MonitorSections, TensorBoardSection, WandbSection, monitor_sections
+from vitds.metrics.profile import StepProfile, Window
 from vitds.metrics.recorder import Recorder, closing_lines, read_metrics
 from vitds.metrics.speed import Peak, Speedometer, Throughput, device_peak, mfu, named_peak, peak_memory_gib
 
@@ -16,9 +17,11 @@ __all__ = [
     "Peak",
     "Recorder",
     "Speedometer",
+    "StepProfile",
     "TensorBoardSection",
     "Throughput",
     "WandbSection",
+    "Window",
     "block_norms",
     "closing_lines",
     "device_peak",
