@@ -20,13 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import ROOT, reason
+from runner import ROOT, Failed, reason
 
 MARK = "answer: "
-
-
-class Failed(Exception):
-    """What a child says went wrong, or how it died."""
 
 
 class Child:

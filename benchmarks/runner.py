@@ -33,6 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "timm", "torchao", "numpy")
 
 
+class Failed(Exception):
+    """A candidate cannot do its turn, for the reason given."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One row.
@@ -210,7 +214,9 @@ def free(device: torch.device) -> None:
 def reason(error: BaseException) -> str:
     """The first line of what went wrong, short."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0][:200] if isinstance(error, Failed) else f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def header(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -16,8 +16,8 @@ import itertools
 import json
 from dataclasses import dataclass
 
-from children import Child, Failed, script
-from runner import Candidate, Column, Row, Table, compare, report
+from children import Child, script
+from runner import Candidate, Column, Failed, Row, Table, compare, report
 from trainees import TRAINEES, synthetic
 
 from vitds import dist
