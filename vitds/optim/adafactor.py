@@ -9,39 +9,9 @@ from typing import Any
 import torch
 
 from vitds.dist import sum_over_ranks
-from vitds.layout import Flat, Fragment, Shard
-from vitds.optim.base import LayoutOptimizer, check_range, chunk_of, laid_out_like
-from vitds.optim.factoring import Factoring, Piece, as_slabs, factoring_of, pieces_of
-
-
-@dataclass(frozen=True)
-class Factored:
-    """A factored fragment of a flat: its axes, its pieces, and where its sums lie in "exp_avg_sq_factors"."""
-
-    index: int
-    fragment: Fragment
-    axes: Factoring
-    pieces: list[Piece]
-    begin: int
-
-    @property
-    def middle(self) -> int:
-        """Where the sums over y end and those over x begin."""
-        return self.begin + self.axes.num_over_y
-
-    @property
-    def end(self) -> int:
-        return self.middle + self.axes.num_over_x
-
-    def over_y(self, factors: torch.Tensor) -> torch.Tensor:
-        """(batch, x, middle, trailing)"""
-        axes = self.axes
-        return factors[self.begin : self.middle].view(axes.batch, axes.x, axes.middle, axes.trailing)
-
-    def over_x(self, factors: torch.Tensor) -> torch.Tensor:
-        """(batch, middle, y, trailing)"""
-        axes = self.axes
-        return factors[self.middle : self.end].view(axes.batch, axes.middle, axes.y, axes.trailing)
+from vitds.layout import Flat, Shard
+from vitds.optim.base import LayoutOptimizer, check_range, chunk_of, laid_out_like, widened
+from vitds.optim.factoring import Factored, as_slabs, factoring_of, pieces_of
 
 
 @dataclass
@@ -66,6 +36,8 @@ class Plan:
     num_unfactored: int = 0
     chunk: int = 0
     largest_piece: int = 0
+    totals: torch.Tensor | None = None
+    """Elements of every whole parameter of the flat, at least 1, fp32 (fragments,) on its device; for clipping."""
 
 
 class ModifiedAdafactor(LayoutOptimizer):
@@ -95,6 +67,7 @@ class ModifiedAdafactor(LayoutOptimizer):
         min_dim_size_to_factor: least size of the second largest axis at which a parameter is factored.
         clipping_threshold: bound on the RMS of a parameter's update; None (the paper's choice): none.
         weight_decay: decoupled, scaled by lr.
+        rounding_seed: see `LayoutOptimizer`.
 
     Raises:
         UserError: a value out of range.
@@ -111,6 +84,7 @@ class ModifiedAdafactor(LayoutOptimizer):
         min_dim_size_to_factor: int = 32,
         clipping_threshold: float | None = None,
         weight_decay: float = 0.0,
+        rounding_seed: int = 0,
     ) -> None:
         check_range("beta1", beta1, 0, 1)
         check_range("beta2_cap", beta2_cap, 0, 1)
@@ -122,7 +96,7 @@ class ModifiedAdafactor(LayoutOptimizer):
         self.beta1, self.beta2_cap, self.decay_rate, self.eps = beta1, beta2_cap, decay_rate, eps
         self.min_dim_size_to_factor, self.clipping_threshold = min_dim_size_to_factor, clipping_threshold
         self._plans: dict[int, Plan] = {}
-        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, rounding_seed=rounding_seed)
 
     def bind(self, flats: list[Flat]) -> None:
         super().bind(flats)
@@ -144,6 +118,9 @@ class ModifiedAdafactor(LayoutOptimizer):
         if id(flat.tensor) in self._plans:
             return self._plans[id(flat.tensor)]
         plan = self._plans[id(flat.tensor)] = Plan(chunk=chunk_of(flat))
+        if self.clipping_threshold is not None:
+            totals = [float(max(1, fragment.total)) for fragment in flat.fragments]
+            plan.totals = torch.tensor(totals, device=flat.tensor.device)
         for index, fragment in enumerate(flat.fragments):
             axes = factoring_of(fragment.view, self.min_dim_size_to_factor)
             if axes is not None:
@@ -173,12 +150,29 @@ class ModifiedAdafactor(LayoutOptimizer):
         for index, offset, update in self._updates(plan, grad, state, buffers):
             if scales is not None:
                 update.mul_(scales[index])
-            w, m = weights[offset : offset + len(update)], exp_avg[offset : offset + len(update)]
+            weight, m = weights[offset : offset + len(update)], exp_avg[offset : offset + len(update)]
+            w = widened(weight)
             m32 = buffers[1, : len(update)].copy_(m).lerp_(update, 1 - self.beta1)
             m.copy_(m32)
             if weight_decay:
                 m32.add_(w, alpha=weight_decay)
             w.add_(m32, alpha=-lr)
+            self._keep(flat, state, offset, weight, w)
+
+    def _update_whole(
+        self, flat: Flat, grad: torch.Tensor, state: dict[str, Any], lr: float, weight_decay: float
+    ) -> None:
+        from vitds.optim.kernels import adafactor
+
+        if id(flat.tensor) not in self._tables:
+            plan = self._plan_of(flat)
+            self._tables[id(flat.tensor)] = adafactor.Tables(
+                flat, plan.factored, plan.begins, plan.totals, self.rounding_seed
+            )
+        adafactor.step(
+            self._tables[id(flat.tensor)], flat, grad, state, lr, weight_decay, self.beta1, self.beta2(state["step"]),
+            self.eps, self.clipping_threshold,
+        )  # fmt: skip
 
     def _accumulate(
         self, plan: Plan, flat: Flat, grad: torch.Tensor, state: dict[str, Any], buffers: torch.Tensor
@@ -242,14 +236,13 @@ class ModifiedAdafactor(LayoutOptimizer):
         self, plan: Plan, flat: Flat, grad: torch.Tensor, state: dict[str, Any], buffers: torch.Tensor
     ) -> torch.Tensor:
         """1 / max(1, RMS(U)/threshold) of every whole parameter of the flat, (fragments,)."""
-        assert self.clipping_threshold is not None
+        assert self.clipping_threshold is not None and plan.totals is not None
         squares = torch.zeros(len(flat.fragments), device=grad.device)
         for index, _, update in self._updates(plan, grad, state, buffers):
             squares[index] += torch.dot(update, update)
         if flat.group is not None:
             sum_over_ranks(squares, flat.group)
-        totals = torch.tensor([max(1, fragment.total) for fragment in flat.fragments], device=grad.device)
-        return (squares / totals).sqrt_().div_(self.clipping_threshold).clamp_(min=1).reciprocal_()
+        return (squares / plan.totals).sqrt_().div_(self.clipping_threshold).clamp_(min=1).reciprocal_()
 
     def _shards_of(self, flat: Flat, state: dict[str, Any]) -> list[Shard]:
         plan = self._plan_of(flat)

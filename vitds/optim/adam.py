@@ -10,7 +10,7 @@ import torch
 
 from vitds.errors import UserError
 from vitds.layout import Flat
-from vitds.optim.base import LayoutOptimizer, check_range, chunk_of, in_chunks
+from vitds.optim.base import LayoutOptimizer, check_range, chunk_of, in_chunks, widened
 
 
 class HalfPrecisionMomentumAdam(LayoutOptimizer):
@@ -29,6 +29,7 @@ class HalfPrecisionMomentumAdam(LayoutOptimizer):
         betas: (β1, β2), each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled, scaled by lr.
+        rounding_seed: see `LayoutOptimizer`.
 
     Raises:
         UserError: a value out of range.
@@ -41,6 +42,7 @@ class HalfPrecisionMomentumAdam(LayoutOptimizer):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rounding_seed: int = 0,
     ) -> None:
         if not isinstance(betas, (list, tuple)) or len(betas) != 2:
             raise UserError(f"optimizer.params.betas: {betas!r} is not a pair of numbers in [0, 1)")
@@ -48,23 +50,26 @@ class HalfPrecisionMomentumAdam(LayoutOptimizer):
         check_range("betas[1]", betas[1], 0, 1)
         check_range("eps", eps, 0)
         self.beta1, self.beta2, self.eps = betas[0], betas[1], eps
-        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, rounding_seed=rounding_seed)
 
     def _new_state(self, flat: Flat) -> dict[str, torch.Tensor]:
         return {
             "exp_avg": torch.zeros_like(flat.tensor, dtype=self.momentum_dtype),
-            "exp_avg_sq": torch.zeros_like(flat.tensor),
+            "exp_avg_sq": torch.zeros_like(flat.tensor, dtype=torch.float32),  # in bf16 it hurts (§3.4)
         }
 
+    def _corrected(self, step: int) -> tuple[float, float]:
+        """m/c1 / (√(v/c2) + eps) = (√c2/c1) · m / (√v + eps·√c2), one division an element instead of three: both factors."""
+        root_correction2 = math.sqrt(1 - self.beta2**step)
+        return root_correction2 / (1 - self.beta1**step), self.eps * root_correction2
+
     def _update(self, flat: Flat, grad: torch.Tensor, state: dict[str, Any], lr: float, weight_decay: float) -> None:
-        root_correction2 = math.sqrt(1 - self.beta2 ** state["step"])
-        # m/c1 / (√(v/c2) + eps) = (√c2/c1) · m / (√v + eps·√c2): one division per element instead of three
-        scale, eps = root_correction2 / (1 - self.beta1 ** state["step"]), self.eps * root_correction2
-        chunk = chunk_of(flat)
+        scale, eps = self._corrected(state["step"])
+        chunk, offset = chunk_of(flat), 0
         buffers = torch.empty(2, min(chunk, grad.numel()), device=grad.device)
         weights, exp_avg, exp_avg_sq = (t.view(-1) for t in (flat.tensor, state["exp_avg"], state["exp_avg_sq"]))
-        for w, g, m, v in in_chunks(chunk, weights, grad, exp_avg, exp_avg_sq):
-            m32, denominator = buffers[0, : len(g)], buffers[1, : len(g)]
+        for weight, g, m, v in in_chunks(chunk, weights, grad, exp_avg, exp_avg_sq):
+            w, m32, denominator = widened(weight), buffers[0, : len(g)], buffers[1, : len(g)]
             m32.copy_(m).lerp_(g, 1 - self.beta1)
             m.copy_(m32)
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
@@ -72,3 +77,16 @@ class HalfPrecisionMomentumAdam(LayoutOptimizer):
             if weight_decay:
                 w.add_(w, alpha=-lr * weight_decay)  # not w.mul_(1 - lr·wd): fp32 knows 1 - 2.4e-5 to 0.1 % only
             w.addcdiv_(m32, denominator, value=-lr * scale)
+            self._keep(flat, state, offset, weight, w)
+            offset += len(g)
+
+    def _update_whole(
+        self, flat: Flat, grad: torch.Tensor, state: dict[str, Any], lr: float, weight_decay: float
+    ) -> None:
+        from vitds.optim.kernels import elementwise
+
+        ratio, eps = self._corrected(state["step"])
+        elementwise.step(
+            elementwise.ADAM, self._runs_of(flat), flat.tensor, grad, state["exp_avg"], state["step"], lr, weight_decay,
+            self.beta1, 1 - self.beta1, state["exp_avg_sq"], self.beta2, 1 - self.beta2, ratio, eps,
+        )  # fmt: skip

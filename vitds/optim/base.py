@@ -15,7 +15,9 @@ import torch
 
 from vitds.errors import UserError
 from vitds.layout import Flat, Shard, whole
+from vitds.optim import kernels, rounding
 
+DTYPES = (torch.float32, torch.bfloat16)
 CPU_CHUNK = 2**18
 """Elements worked on at a time on a CPU: large enough to share among threads, small enough to stay in the cache."""
 
@@ -39,26 +41,34 @@ class LayoutOptimizer(torch.optim.Optimizer):
     and give the shapes in which a factored optimizer sees them in "views" (lists along "params"; an absent or None
     view is the parameter's own shape). Under ZeRO, `bind(flats)` says what lies in each tensor it will step.
 
-    Subclasses say which state a flat has (`_new_state`), how it updates (`_update`) and under which parameter names
-    the state is saved (`_shards_of`). Parameters and flats are fp32, the momentum "exp_avg" is bf16 in all of them.
+    Subclasses say which state a flat has (`_new_state`), how it updates (`_update`, and with Triton `_update_whole`)
+    and under which parameter names the state is saved (`_shards_of`). The momentum "exp_avg" is bf16 in all of them,
+    other state fp32. Parameters and flats are fp32, or bf16 and then rounded stochastically (vitds.optim.rounding).
 
     Args:
         params: parameters or group dicts; extra keys of a group (`name`, `lr_mult`) survive.
         lr: learning rate of groups that give none, ≥ 0.
         weight_decay: decoupled decay of groups that give none, ≥ 0; scaled by the learning rate (torch's convention):
             θ ← θ − lr·(update + weight_decay·θ).
+        rounding_seed: of the random bits by which bf16 weights are rounded; fp32 weights do not feel it.
 
     Raises:
-        UserError: a rate or a decay is negative.
+        UserError: a rate or a decay is negative, the seed no integer ≥ 0.
     """
 
     momentum_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    kernels: str = "auto"
+    """"auto": Triton's on CUDA, where they work (vitds.optim.kernels), else torch's; "torch" or "triton": always."""
 
-    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float) -> None:
+    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float, rounding_seed: int = 0) -> None:
         self._flats: dict[int, Flat] = {}
         self._bound = False
         check_range("lr", lr, 0)
         check_range("weight_decay", weight_decay, 0)
+        if not isinstance(rounding_seed, int) or isinstance(rounding_seed, bool) or rounding_seed < 0:
+            raise UserError(f"optimizer.params.rounding_seed: {rounding_seed!r} is not an integer ≥ 0")
+        self.rounding_seed = rounding_seed
+        self._tables: dict[int, Any] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
             check_range("lr", group["lr"], 0)
@@ -72,13 +82,13 @@ class LayoutOptimizer(torch.optim.Optimizer):
         bound = {id(flat.tensor): flat for flat in flats}
         assert len(bound) == len(flats), "two flats share a tensor"
         for flat in flats:
-            assert flat.tensor.dtype == torch.float32, f"flats are fp32 masters, found {flat.tensor.dtype}"
+            assert flat.tensor.dtype in DTYPES, f"flats are masters in fp32 or bf16, found {flat.tensor.dtype}"
             earlier = self._flats.get(id(flat.tensor))
             moved = self.state.get(flat.tensor) and earlier is not None and earlier.fragments != flat.fragments
             assert not moved, "a tensor with optimizer state was given another layout"
         lost = [tensor for tensor, state in self.state.items() if state and id(tensor) not in bound]
         assert not lost, f"bind would drop the state of {len(lost)} tensors"
-        self._flats, self._bound = bound, True
+        self._flats, self._bound, self._tables = bound, True, {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -94,7 +104,11 @@ class LayoutOptimizer(torch.optim.Optimizer):
                 flat = self._flat_of(tensor)
                 state = self._state_of(flat)
                 state["step"] += 1
-                self._update(flat, tensor.grad.reshape(-1).float(), state, group["lr"], group["weight_decay"])
+                grad, lr, weight_decay = tensor.grad.reshape(-1), group["lr"], group["weight_decay"]
+                if kernels.chosen(self.kernels, tensor) and grad.dtype in DTYPES and self._has_kernels():
+                    self._update_whole(flat, grad, state, lr, weight_decay)
+                else:
+                    self._update(flat, grad.float(), state, lr, weight_decay)
         return loss
 
     def state_shards(self) -> list[Shard]:
@@ -122,9 +136,13 @@ class LayoutOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype: torch casts it to the parameter's, which would make momentum fp32."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "exp_avg" in state:
-                state["exp_avg"] = state["exp_avg"].to(self.momentum_dtype)  # exact: it was widened from this dtype
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for tensor, index in zip(tensors, ids, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if torch.is_tensor(value):
+                    dtype = self.momentum_dtype if key == "exp_avg" else torch.float32
+                    self.state[tensor][key] = value.to(tensor.device, dtype, copy=True)
 
     def _new_state(self, flat: Flat) -> dict[str, torch.Tensor]:
         """State of a flat before its first update: flat tensors, no nested containers."""
@@ -133,6 +151,28 @@ class LayoutOptimizer(torch.optim.Optimizer):
     def _update(self, flat: Flat, grad: torch.Tensor, state: dict[str, Any], lr: float, weight_decay: float) -> None:
         """One update of `flat.tensor` from its gradient, fp32 (flat.tensor.numel(),); state["step"] counts from 1."""
         raise NotImplementedError
+
+    def _update_whole(
+        self, flat: Flat, grad: torch.Tensor, state: dict[str, Any], lr: float, weight_decay: float
+    ) -> None:
+        """The same by kernels that take the flat in a few launches; the gradient is fp32 or bf16."""
+        raise NotImplementedError
+
+    def _has_kernels(self) -> bool:
+        return type(self)._update_whole is not LayoutOptimizer._update_whole
+
+    def _runs_of(self, flat: Flat) -> torch.Tensor:
+        """The table by which elementwise kernels walk a flat."""
+        from vitds.optim.kernels import tables
+
+        if id(flat.tensor) not in self._tables:
+            self._tables[id(flat.tensor)] = tables.runs(flat, self.rounding_seed)
+        return self._tables[id(flat.tensor)]  # type: ignore[no-any-return]
+
+    def _keep(self, flat: Flat, state: dict[str, Any], offset: int, weights: torch.Tensor, new: torch.Tensor) -> None:
+        """Brings elements of a flat, from `offset` on, to their new fp32 values; for fp32 ones they are there already."""
+        if new is not weights:
+            rounding.store(flat, self.rounding_seed, state["step"], offset, weights, new)
 
     def _shards_of(self, flat: Flat, state: dict[str, Any]) -> list[Shard]:
         """Here: every state tensor is laid out like the flat."""
@@ -161,7 +201,7 @@ class LayoutOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             names, views = group.get("names"), group.get("views")
             for i, tensor in enumerate(group["params"]):
-                assert tensor.dtype == torch.float32, f"parameters are fp32, found {tensor.dtype}"
+                assert tensor.dtype in DTYPES, f"parameters are fp32 or bf16, found {tensor.dtype}"
                 name = names[i] if names else f"param_{index}"
                 index += 1
                 self._flats.setdefault(id(tensor), whole(name, tensor, tuple(views[i]) if views and views[i] else None))
@@ -183,3 +223,8 @@ def chunk_of(flat: Flat) -> int:
 def in_chunks(chunk: int, *tensors: torch.Tensor) -> Iterable[Sequence[torch.Tensor]]:
     """Walks 1-D tensors of one length together, `chunk` elements at a time."""
     return zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
+
+
+def widened(values: torch.Tensor) -> torch.Tensor:
+    """fp32 tensors as they are, bf16 ones as a copy in fp32."""
+    return values if values.dtype == torch.float32 else values.float()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vitds.layout import Fragment
+
 
 @dataclass(frozen=True)
 class Factoring:
@@ -87,6 +89,36 @@ class Piece:
     numel: int
     cut: int = 0
     """Elements of the slab that lie before the piece; the piece is a part of a slab if it has fewer than the slab."""
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A factored fragment of a flat: its axes, its pieces, and where its sums lie in "exp_avg_sq_factors"."""
+
+    index: int
+    fragment: Fragment
+    axes: Factoring
+    pieces: list[Piece]
+    begin: int
+
+    @property
+    def middle(self) -> int:
+        """Where the sums over y end and those over x begin."""
+        return self.begin + self.axes.num_over_y
+
+    @property
+    def end(self) -> int:
+        return self.middle + self.axes.num_over_x
+
+    def over_y(self, factors: torch.Tensor) -> torch.Tensor:
+        """(batch, x, middle, trailing)"""
+        axes = self.axes
+        return factors[self.begin : self.middle].view(axes.batch, axes.x, axes.middle, axes.trailing)
+
+    def over_x(self, factors: torch.Tensor) -> torch.Tensor:
+        """(batch, middle, y, trailing)"""
+        axes = self.axes
+        return factors[self.middle : self.end].view(axes.batch, axes.middle, axes.y, axes.trailing)
 
 
 def pieces_of(axes: Factoring, start: int, numel: int, chunk: int) -> Iterator[Piece]:
