@@ -3,8 +3,8 @@ heads of 104 (ViT-G/14), 88 (ViT-g/14) and 64.
 
     python benchmarks/attention.py [--device cuda] [--shapes 64,256,16,104 …] [--dtype bf16] [--rounds 7]
 
-TFLOP/s counts the four products of the forward pass's two and the backward pass's four (what flash attention computes
-again is not counted). What is fastest here is for the run file's vitds.train.attention.
+TFLOP/s counts the two products of the forward pass and the four of the backward pass (not what fused kernels compute
+again). What is fastest here is for the run file's vitds.train.attention.
 """
 
 from __future__ import annotations

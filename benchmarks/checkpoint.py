@@ -4,8 +4,8 @@
 
 All candidates take turns within each round, so that a noisy machine disturbs them alike; medians are printed, the first
 round is not counted. Every file is synced when a save ends (DeepSpeed does not do so: its line says what it takes
-without and with) and dropped from the page cache before a load. Memory is the most by which a rank's resident memory
-rose above what it was before, over all rounds.
+without and with) and dropped from the page cache before a load. Ratios are of GB/s, to the plain file's. Memory is the
+most by which a rank's resident memory rose above what it was before, over all rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import io
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from runner import Candidate, Column, Row, Table, report, tabulate
 
 from vitds import dist
 from vitds.checkpoint import Saved, Saver, open_checkpoint
@@ -31,6 +31,10 @@ from vitds.models import ModelSection, ViTForImageClassification, build_config
 from vitds.optim.groups import build_groups
 from vitds.zero import TrainingEngine, init_distributed
 
+COLUMNS = (
+    Column("seconds", "s", ".3f"), Column("bytes", "GB", ".2f", 1e-9), Column("bytes/s", "GB/s", ".2f", 1e-9),
+    Column("grown", "+MB/rank", ".0f", 1e-6),
+)  # fmt: skip
 BLOCK = 16 * 2**20
 STALL = "vitds save, background: training stalls"
 STATE = {
@@ -147,16 +151,16 @@ class Bench:
         self.seconds.setdefault(name, []).append(max(taken for taken, _ in both))
         self.nbytes.setdefault(name, nbytes)
 
-    def table(self) -> str:
-        """One line per candidate."""
-        medians = {name: statistics.median(taken[1:]) for name, taken in self.seconds.items()}
-        lines = [f"{'':40} {'s':>7} {'GB':>6} {'GB/s':>6} {'× plain':>8} {'+MB/rank':>9}"]
-        for name, median in medians.items():
+    def table(self, title: str) -> Table:
+        """One row per candidate; the first round is not counted."""
+        rows, candidates = [], []
+        for name, seconds in self.seconds.items():
             plain = "plain file: read" if "load" in name or "read" in name else "plain file: write + fsync"
-            speed, plainly = self.nbytes[name] / median, self.nbytes[plain] / medians[plain]
-            figures = f"{median:7.3f} {self.nbytes[name] / 1e9:6.2f} {speed / 1e9:6.2f} {speed / plainly:8.2f}"
-            lines.append(f"{name:40} {figures} " + (f"{self.growth[name] / 1e6:9.0f}" if name in self.growth else ""))
-        return "\n".join(lines)
+            facts = {"grown": self.growth.get(name), "bytes": float(self.nbytes[name])}
+            rounds = [{"seconds": taken, "bytes/s": self.nbytes[name] / taken} for taken in seconds[1:]]
+            rows.append(Row(name, rounds))
+            candidates.append(Candidate(name, dict, plain if plain != name else None, facts=facts))
+        return tabulate(title, rows, candidates, "bytes/s", COLUMNS)
 
 
 def memory(name: str) -> int:
@@ -183,6 +187,7 @@ def main() -> None:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
     parser.add_argument("--directory", help="where to write; default: the system's temporary directory")
+    parser.add_argument("--json", default="benchmarks/checkpoint.json")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     init_distributed()
@@ -194,9 +199,10 @@ def main() -> None:
             for saver in bench.savers:
                 bench.ours(saver, number)
             bench.deepspeeds(number)
-    what = f"{arguments.variant}, {arguments.optimizer}, bf16, ZeRO-{arguments.stage}, torch {torch.__version__}"
+    what = f"{arguments.variant}, {arguments.optimizer}, bf16, ZeRO-{arguments.stage}"
     if dist.is_main():
-        print(f"{what}, {dist.world_size()} ranks on {engine.device.type}, {arguments.rounds} rounds\n{bench.table()}")
+        title = f"checkpoint: {what}, {dist.world_size()} ranks on {engine.device.type}"
+        report([bench.table(title)], arguments.json, engine.device)
     dist.leave(0)
 
 

@@ -1,12 +1,14 @@
 """Images/s of the loader beside a plain webdataset pipeline and torch's ImageFolder way, on the same files in one run.
 
-    python benchmarks/loader.py [--workers 0 1 2] [--rounds 5] [--batches 8] [--images 384] [--json]
+    python benchmarks/loader.py [--workers 0 1 2] [--rounds 5] [--batches 8] [--images 384]
+        [--device cuda]
 
 The files are noise with the spectrum of photographs, JPEGs of quality 90 and about 500 × 375 pixels (one in a hundred
 2000 × 1500), as class folders and as tar shards. Everyone takes turns within each round, so that a noisy machine
-disturbs all alike; medians are printed, and ratios to our loader on the same files. Two tables: each with its own usual
-transforms (the peers: RandomResizedCrop's law, flip, float32 in [−1, 1]; ours leaves uint8, which the device converts),
-and all with our crop, our flip and uint8, so that the difference is the loaders' alone.
+disturbs all alike; a ratio is to our loader on the same files. Peers run twice: with their own usual transforms
+(RandomResizedCrop's law, flip, float32 in [−1, 1]; ours leaves uint8, which the device converts), and with our crop, our
+flip and uint8, so that the difference is the loaders' alone. With --device the batches are brought there, in the model's
+range.
 """
 
 from __future__ import annotations
@@ -14,17 +16,15 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import random
-import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from runner import Candidate, Column, compare, report, wait
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from vitds.data import DataSection, SourceSection, TrainLoader, augmentation_rng, build_source
+from vitds.data import DataSection, SourceSection, TrainLoader, augmentation_rng, build_source, to_model_range
 from vitds.data.transforms import flip_lr, inception_crop
 
 SIZE, BATCH, CLASSES, SHARDS = 224, 64, 8, 4
@@ -166,18 +167,27 @@ def cpu_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def speed(begin: Callable[[Path, int], Any], root: Path, workers: int, batches: int) -> tuple[float, float]:
+def speed(
+    begin: Callable[[Path, int], Any], root: Path, workers: int, batches: int, device: str | None
+) -> dict[str, float]:
     """Images/s and ms of CPU an image, workers included, from the first batch on, which stands for what starting costs."""
     loader = begin(root, workers)
-    next(loader)
+    take(next(loader), device)
     start, start_cpu = time.perf_counter(), cpu_seconds()
     for _ in itertools.repeat(None, batches):
-        next(loader)
+        take(next(loader), device)
+    wait(torch.device(device or "cpu"))
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - start_cpu
     end = getattr(loader, "close", None)
     if end is not None:
         end()
-    return batches * BATCH / seconds, 1000 * cpu / (batches * BATCH)
+    return {"images/s": batches * BATCH / seconds, "cpu": 1000 * cpu / (batches * BATCH)}
+
+
+def take(batch: Any, device: str | None) -> None:
+    """Bring a batch to the device, if there is one to bring it to."""
+    if device is not None:
+        to_model_range(batch.images if hasattr(batch, "images") else batch[0], device)
 
 
 def main() -> None:
@@ -186,40 +196,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=8, help=f"of {BATCH} images, timed")
     parser.add_argument("--images", type=int, default=384)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--device", help="where batches are taken to, in the model's range, as the trainer does")
+    parser.add_argument("--json", default="benchmarks/loader.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    columns = (Column("images/s", "images/s", ".0f"), Column("cpu", "ms of CPU an image", ".2f"))
+    tables = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         write_files(root, arguments.images)
-        for turn, workers in itertools.product(range(arguments.rounds), arguments.workers):
-            row = found.setdefault(workers, {name: [] for name in CONTESTANTS})
-            names = list(CONTESTANTS)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                row[name].append(speed(CONTESTANTS[name], root, workers, arguments.batches))
-    rows = [row_of(workers, name, by) for workers, by in found.items() for name in by]
-    if arguments.json:
-        print(json.dumps({"rows": rows, "rounds": found}, indent=2))
-        return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pillow", "webdataset"))
-    print(f"{versions}; images/s, median of {arguments.rounds}; ratios: ours on the same files ÷ this, round by round")
-    for row in rows:
-        ratio = "" if row["ratio"] is None else f"  ×{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
-        cpu = f"{row['cpu_ms']:.2f} ms of CPU an image"
-        print(f"{row['workers']} workers  {row['name']:28} {row['images_per_second']:6.0f}{ratio:24} {cpu}")
+        for workers in arguments.workers:
 
+            def candidate(name: str, workers: int = workers) -> Candidate:
+                begin = CONTESTANTS[name]
+                turn = partial(speed, begin, root, workers, arguments.batches, arguments.device)
+                same_files = "vitds, tar" if "webdataset" in name else "vitds, folder"
+                return Candidate(name, turn, None if name.startswith("vitds") else same_files)
 
-def row_of(workers: int, name: str, by: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Medians, and of a peer how many times its images/s are ours."""
-    row = {"workers": workers, "name": name, "ratio": None}
-    rates, cpu = zip(*by[name], strict=True)
-    row |= {"images_per_second": statistics.median(rates), "cpu_ms": statistics.median(cpu)}
-    if not name.startswith("vitds"):
-        own = [rate for rate, _ in by["vitds, tar" if "webdataset" in name else "vitds, folder"]]
-        ratios = [mine / theirs for mine, theirs in zip(own, rates, strict=True)]
-        row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-    return row
+            title = f"loader, {workers} workers, to the device: {arguments.device or 'no'}"
+            candidates = [candidate(name) for name in CONTESTANTS]
+            tables.append(compare(title, candidates, rounds=arguments.rounds, warmup=0, by="images/s", columns=columns))
+            print(tables[-1].text(), flush=True)
+    report(tables, arguments.json, arguments.device or "cpu")
 
 
 if __name__ == "__main__":

@@ -165,9 +165,21 @@ def compare(
                 say(f"{candidate.name}: {'warm-up' if number < 0 else f'round {number + 1}'}: {said}")
             if number >= 0:
                 row.rounds.append(figures)
+    return tabulate(title, list(rows.values()), candidates, by, columns)
+
+
+def tabulate(
+    title: str,
+    rows: Sequence[Row],
+    candidates: Sequence[Candidate],
+    by: str = "seconds",
+    columns: Sequence[Column] = (),
+) -> Table:
+    """Rows whose rounds are full, summarised: for a benchmark whose candidates cannot be called one by one."""
+    named = {row.name: row for row in rows}
     for candidate in candidates:
-        summarise(rows, candidate, by)
-    return Table(title, columns, list(rows.values()))
+        summarise(named, candidate, by)
+    return Table(title, columns or (MILLISECONDS,), list(rows))
 
 
 def turn(candidate: Candidate, device: torch.device) -> dict[str, float]:
