@@ -56,7 +56,8 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
         UserError: a run file or images that cannot be used, or a device whose peak is not known.
         StorageError: the storage failed, several times over.
     """
-    from vitds.models import build_config, flops_per_image  # here: its transformers would cost the other verbs four seconds
+    # Here, because transformers would cost the other verbs four seconds.
+    from vitds.models import build_config, flops_per_image
 
     run_file = load(options.config, options.set, world_size=None)
     peak = peak_of(run_file, options.device, options.peak_tflops)
