@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +18,10 @@ ADAM, SGD, ADAFACTOR, MEASURE = 0, 1, 2, 3
 
 @triton.jit
 def _block(
-    weights: Any, grad: Any, moment: Any, square: Any, partial: Any, place: Any, begin: Any, low: Any, high: Any,
-    element: Any, state: Any, a: Any, b: Any, scale: Any, lr: Any, decay: Any, keep1: Any, new1: Any, keep2: Any,
-    new2: Any, ratio: Any, eps: Any, KIND: tl.constexpr, CLIPS: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+    weights: tl.tensor, grad: tl.tensor, moment: tl.tensor, square: tl.tensor, partial: tl.tensor, place: tl.tensor, begin: tl.tensor, low: tl.tensor, high: tl.tensor,
+    element: tl.tensor, state: tl.tensor, a: tl.tensor, b: tl.tensor, scale: tl.tensor, lr: tl.tensor, decay: tl.tensor, keep1: tl.tensor, new1: tl.tensor, keep2: tl.tensor,
+    new2: tl.tensor, ratio: tl.tensor, eps: tl.tensor, KIND: tl.constexpr, CLIPS: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """BLOCK elements from place + begin on; returns their sum of U² where KIND is to measure it."""
     lane = begin + tl.arange(0, BLOCK)
     at = place + lane
@@ -53,8 +51,8 @@ def _block(
 
 @triton.jit(do_not_specialize=["step"])
 def _step(
-    table: Any, weights: Any, grad: Any, moment: Any, square: Any, partials: Any, squares: Any, totals: Any, step: Any,
-    lr: Any, decay: Any, keep1: Any, new1: Any, keep2: Any, new2: Any, ratio: Any, eps: Any, bound: Any,
+    table: tl.tensor, weights: tl.tensor, grad: tl.tensor, moment: tl.tensor, square: tl.tensor, partials: tl.tensor, squares: tl.tensor, totals: tl.tensor, step: tl.tensor,
+    lr: tl.tensor, decay: tl.tensor, keep1: tl.tensor, new1: tl.tensor, keep2: tl.tensor, new2: tl.tensor, ratio: tl.tensor, eps: tl.tensor, bound: tl.tensor,
     KIND: tl.constexpr, CLIPS: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """A record's elements, BLOCK at a time; only those at the ends of a fragment are masked."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ ROWS_TO_SUM, ROWS_TO_MOVE = 32, 16
 
 @triton.jit
 def _sum_tiles(
-    table: Any, grad: Any, partials: Any,
+    table: tl.tensor, grad: tl.tensor, partials: tl.tensor,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, RECORD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -50,7 +48,9 @@ def _sum_tiles(
 
 
 @triton.jit
-def _gather(table: Any, partials: Any, sums: Any, RECORD: tl.constexpr, OUTPUTS: tl.constexpr) -> None:
+def _gather(
+    table: tl.tensor, partials: tl.tensor, sums: tl.tensor, RECORD: tl.constexpr, OUTPUTS: tl.constexpr
+) -> None:
     """Partial sums of the same factors, one after the other."""
     record = table + tl.program_id(0).to(tl.int64) * RECORD
     begin, to, terms = tl.load(record), tl.load(record + 1), tl.load(record + 2).to(tl.int32)
@@ -64,7 +64,7 @@ def _gather(table: Any, partials: Any, sums: Any, RECORD: tl.constexpr, OUTPUTS:
 
 @triton.jit
 def _finish(
-    table: Any, sums: Any, factors: Any, means: Any, keep: Any, new: Any, eps: Any,
+    table: tl.tensor, sums: tl.tensor, factors: tl.tensor, means: tl.tensor, keep: tl.tensor, new: tl.tensor, eps: tl.tensor,
     RECORD: tl.constexpr, COUNT: tl.constexpr,
 ) -> None:  # fmt: skip
     """Moving averages of the means of squares, and the mean over x of those over y."""
@@ -85,8 +85,8 @@ def _finish(
 
 @triton.jit(do_not_specialize=["step"])
 def _move_tiles(
-    table: Any, weights: Any, grad: Any, moment: Any, factors: Any, means: Any, partials: Any, squares: Any,
-    totals: Any, step: Any, lr: Any, decay: Any, keep1: Any, new1: Any, bound: Any,
+    table: tl.tensor, weights: tl.tensor, grad: tl.tensor, moment: tl.tensor, factors: tl.tensor, means: tl.tensor, partials: tl.tensor, squares: tl.tensor,
+    totals: tl.tensor, step: tl.tensor, lr: tl.tensor, decay: tl.tensor, keep1: tl.tensor, new1: tl.tensor, bound: tl.tensor,
     ALIGNED: tl.constexpr, UNIT: tl.constexpr, MEASURES: tl.constexpr, CLIPS: tl.constexpr, RECORD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -132,7 +132,7 @@ def _move_tiles(
 
 
 @triton.jit
-def _add_slots(table: Any, partials: Any, squares: Any, COUNT: tl.constexpr) -> None:
+def _add_slots(table: tl.tensor, partials: tl.tensor, squares: tl.tensor, COUNT: tl.constexpr) -> None:
     """Σ of a fragment's slots."""
     record = table + tl.program_id(0).to(tl.int64) * 3
     begin, count, fragment = tl.load(record), tl.load(record + 1).to(tl.int32), tl.load(record + 2)
