@@ -146,25 +146,14 @@ def compare(
     """
     rows = {candidate.name: Row(candidate.name) for candidate in candidates}
     assert len(rows) == len(candidates), "two candidates of one name"
-    for number in range(-warmup, rounds):
-        first = max(number, 0) % max(len(candidates), 1)
-        for candidate in [*candidates[first:], *candidates[:first]]:
-            row = rows[candidate.name]
-            if row.error is not None:
-                continue
-            try:
-                figures = turn(candidate, torch.device(device))
-            except Exception as error:
-                row.error = reason(error)
-                free(torch.device(device))
-                if say:
-                    say(f"{candidate.name}: failed: {row.error}")
-                continue
-            if say:
-                said = " ".join(column.cell(figures) for column in columns)
-                say(f"{candidate.name}: {'warm-up' if number < 0 else f'round {number + 1}'}: {said}")
-            if number >= 0:
-                row.rounds.append(figures)
+    try:
+        for number in range(-warmup, rounds):
+            first = max(number, 0) % max(len(candidates), 1)
+            for candidate in [*candidates[first:], *candidates[:first]]:
+                have_turn(candidate, rows[candidate.name], number, torch.device(device), columns, say)
+    except KeyboardInterrupt:  # its time is over: what is there is shown
+        for row in rows.values():
+            row.error = row.error or ("no time was left" if not row.rounds else None)
     return tabulate(title, list(rows.values()), candidates, by, columns)
 
 
@@ -180,6 +169,32 @@ def tabulate(
     for candidate in candidates:
         summarise(named, candidate, by)
     return Table(title, columns or (MILLISECONDS,), list(rows))
+
+
+def have_turn(
+    candidate: Candidate,
+    row: Row,
+    number: int,
+    device: torch.device,
+    columns: Sequence[Column],
+    say: Callable[[str], None] | None,
+) -> None:
+    """The candidate's turn in a round (below 0: a warm-up), unless it has failed before."""
+    if row.error is not None:
+        return
+    said = "warm-up" if number < 0 else f"round {number + 1}"
+    try:
+        figures = turn(candidate, device)
+    except Exception as error:
+        row.error = reason(error)
+        free(device)
+        said += f": failed: {row.error}"
+    else:
+        said += f": {' '.join(column.cell(figures) for column in columns)}"
+        if number >= 0:
+            row.rounds.append(figures)
+    if say:
+        say(f"{candidate.name}: {said}")
 
 
 def turn(candidate: Candidate, device: torch.device) -> dict[str, float]:

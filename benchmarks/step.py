@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass
 
 from children import Child, script
-from runner import Candidate, Column, Failed, Row, Table, compare, report
+from runner import Candidate, Column, Failed, Row, Table, compare, reason, report
 from trainees import TRAINEES, synthetic
 
 from vitds import dist
@@ -30,6 +30,7 @@ COLUMNS = (
 SHORT = {
     "checkpointing": "vitds.train.activation_checkpointing", "compile": "vitds.train.compile",
     "mode": "vitds.train.compile_mode", "attention": "vitds.train.attention", "stage": "zero_optimization.stage",
+    "accumulate": "data_types.grad_accum_dtype",
 }  # fmt: skip
 """Words for keys in --sweep; any key of the run file can be given whole."""
 
@@ -76,28 +77,34 @@ class Bench:
 
     def search(self, trainee: Trainee, first: int, most: int) -> list[Row]:
         """Every micro batch tried, up to the first that does not fit; the fastest becomes the trainee's."""
-        rows, micro, child = [], first, self.start(trainee, first)
-        while micro <= most:
-            row = Row(f"{trainee.name}, micro batch {micro}")
-            rows.append(row)
-            try:
-                row.figures = child.ask(micro=micro, warmup=self.options.warmup, steps=self.options.steps)
-                row.rounds = [row.figures]
-            except Failed as error:
-                row.error = str(error)
-                # Between the last that fitted and the first that did not there is one more worth a try.
-                between = [3 * micro // 4] if len(rows) > 1 and 3 * micro // 4 > micro // 2 else []
-                for size in between if self.options.refine else []:
-                    rows += self.search(Trainee(trainee.name, trainee.kind, trainee.sets, size), size, size)
-                break
-            finally:
-                print(Table("", COLUMNS, [row]).text().splitlines()[-1], flush=True)
-            micro *= 2
-        child.end()
-        fitting = [row for row in rows if row.error is None]
+        rows, micro = [], first
+        child = self.start(trainee, first)
+        try:
+            while micro <= most:
+                rows.append(self.tried(child, trainee, micro))
+                if rows[-1].error is not None:
+                    break
+                micro *= 2
+        finally:
+            child.end()
+        if self.options.refine and len(rows) > 1 and rows[-1].error is not None and micro % 4 == 0:
+            # Between the last that fitted and the first that did not there is one more worth a try.
+            rows += self.search(Trainee(trainee.name, trainee.kind, trainee.sets, 0), 3 * micro // 4, 3 * micro // 4)
+        fitting = [row.figures for row in rows if row.error is None]
         if fitting:
-            trainee.micro = int(max(fitting, key=lambda row: row.figures["images/s"]).figures["micro"])
+            trainee.micro = int(max(fitting, key=lambda figures: figures["images/s"])["micro"])
         return rows
+
+    def tried(self, child: Child, trainee: Trainee, micro: int) -> Row:
+        """One micro batch in a living child."""
+        row = Row(f"{trainee.name}, micro batch {micro}")
+        try:
+            row.figures = child.ask(micro=micro, warmup=self.options.warmup, steps=self.options.steps)
+            row.rounds = [row.figures]
+        except Failed as error:
+            row.error = reason(error)
+        print("  " + Table("", COLUMNS, [row]).text().splitlines()[-1], flush=True)
+        return row
 
 
 def swept(words: list[str]) -> list[tuple[str, list[str]]]:
@@ -124,12 +131,17 @@ def tables_of(options: argparse.Namespace) -> list[Table]:
     tables, searched = [], {}
     if options.search:
         first, _, most = options.search.partition(":")
-        for trainee in trainees:
-            searched[trainee.name] = bench.search(trainee, int(first), int(most or 2**20))
+        try:
+            for trainee in trainees:
+                searched[trainee.name] = []
+                searched[trainee.name] = bench.search(trainee, int(first), int(most or 2**20))
+        except KeyboardInterrupt:  # its time is over: what is there is compared
+            trainees = [trainee for trainee in trainees if searched.get(trainee.name)]
         tables.append(
             Table(f"search of the micro batch: {what}", COLUMNS, [row for r in searched.values() for row in r])
         )
-    baseline = options.baseline if options.baseline in {trainee.name for trainee in trainees} else trainees[-1].name
+    names = [trainee.name for trainee in trainees]
+    baseline = options.baseline if options.baseline in names else next(reversed(names), None)
 
     def candidate(trainee: Trainee) -> Candidate:
         found, other = searched.get(trainee.name, []), baseline if trainee.name != baseline else None

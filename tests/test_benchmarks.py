@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks.runner import Candidate, Column, compare, report, turn
+from tests.launching import ROOT, environment
+from vitds.models import ModelSection, build_config, flops_per_image
 
 
 def scripted(*seconds: float):
@@ -78,3 +82,37 @@ def test_turns_go_round():
 def test_two_of_one_name_are_a_mistake():
     with pytest.raises(AssertionError, match="one name"):
         compare("t", [Candidate("a", dict), Candidate("a", dict)])
+
+
+@pytest.mark.launch
+def test_step_measures_a_run_file_beside_a_peer_and_names_what_cannot_run(tmp_path):
+    small = {
+        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "communication_data_type": "fp32",
+        "vitds": {
+            "model": {"width": 16, "depth": 2, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "num_classes": 10, "image_size": 8},
+            "train": {"peak_tflops": 0.001},
+        },
+    }  # fmt: skip
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    command = [
+        sys.executable, "benchmarks/step.py", "--config", str(tmp_path / "small.json"), "--trainees", "ours", "torch",
+        "--sweep", "checkpointing=none,nonsense", "--rounds", "2", "--warmup", "1", "--steps", "2", "--accumulation", "2",
+        "--no-apart", "--json", str(tmp_path / "step.json"),
+    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=300, **pipes)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "images/s" in done.stdout
+    (table,) = json.loads((tmp_path / "step.json").read_text())["tables"]
+    rows = {row["name"]: row for row in table["rows"]}
+    assert rows.keys() == {"ours checkpointing=none", "ours checkpointing=nonsense", "torch"}
+    broken = rows.pop("ours checkpointing=nonsense")
+    assert "'nonsense'" in broken["error"] and "selective" in broken["error"]
+    for row in rows.values():
+        figures = row["figures"]
+        assert row["error"] is None and len(row["rounds"]) == 2
+        assert figures["micro"] == 2 and figures["memory"] > 0 and figures["loss"] > 0
+        assert figures["images/s"] == pytest.approx(4 / figures["seconds"], rel=0.5)  # medians of each
+        flops = 3 * flops_per_image(build_config(ModelSection(variant=None, **small["vitds"]["model"])))
+        assert row["rounds"][0]["mfu"] == pytest.approx(row["rounds"][0]["images/s"] * flops / 1e9)
+    assert rows["ours checkpointing=none"]["ratio"] > 0
