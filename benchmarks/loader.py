@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from PIL import Image
 from runner import Candidate, Column, compare, report, wait
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -132,6 +131,8 @@ def image_folder(root: Path, workers: int, transform: Callable[[Image.Image], to
 
 
 def web_dataset(root: Path, workers: int, transform: Callable[[Image.Image], torch.Tensor]) -> Iterator[Any]:
+    import webdataset
+
     shards = sorted(map(str, (root / "shards").glob("*.tar")))
     dataset = webdataset.WebDataset(shards, shardshuffle=len(shards), seed=0).repeat().shuffle(200)
     dataset = dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int).batched(BATCH)
