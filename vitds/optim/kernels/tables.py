@@ -69,6 +69,18 @@ def _table(records: Iterable[list[int]], width: int, device: torch.device) -> to
     return torch.tensor([*records], dtype=torch.int64).view(-1, width).to(device)
 
 
+def _columns(records: int, fields: Sequence[int | torch.Tensor]) -> torch.Tensor:
+    """Records that differ in some fields and share the others."""
+    table = torch.empty(records, len(fields), dtype=torch.int64)
+    for i, values in enumerate(fields):
+        table[:, i] = values
+    return table
+
+
+def _joined(parts: list[torch.Tensor], width: int) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.int64)
+
+
 class Slots:
     """Places for one partial sum per tile, those of a fragment together, so that they add up in one record."""
 
@@ -102,14 +114,15 @@ def runs(flat: Flat, seed: int, states: dict[int, int] | None = None, slots: Slo
     for index, f in enumerate(flat.fragments):
         if not f.numel or (states is not None and index not in states):
             continue
-        state = 0 if states is None else states[index] - f.offset
-        first = f.offset // (2 * ALIGN) * 2 * ALIGN
-        places = range(first, f.offset + f.numel, RUN)
-        slot = slots.take(index, len(places)) if slots is not None else 0
-        for number, place in enumerate(places):
-            low, high = max(f.offset - place, 0), min(f.offset + f.numel - place, RUN)
-            records.append([place, low, high, f.start - f.offset, state, *name_key(seed, f.name), slot + number, index])
-    return _table(records, RUN_RECORD, flat.tensor.device)
+        place = torch.arange(f.offset // (2 * ALIGN) * 2 * ALIGN, f.offset + f.numel, RUN)
+        slot = slots.take(index, len(place)) if slots is not None else 0
+        fields: list[int | torch.Tensor] = [
+            place, (f.offset - place).clamp(min=0), (f.offset + f.numel - place).clamp(max=RUN), f.start - f.offset,
+            0 if states is None else states[index] - f.offset, *name_key(seed, f.name), slot + torch.arange(len(place)),
+            index,
+        ]  # fmt: skip
+        records.append(_columns(len(place), fields))
+    return _joined(records, RUN_RECORD).to(flat.tensor.device)
 
 
 def factor_tables(flat: Flat, sections: Sequence[Factored], seed: int, slots: Slots) -> FactorTables:
@@ -125,10 +138,7 @@ def factor_tables(flat: Flat, sections: Sequence[Factored], seed: int, slots: Sl
             partials = _tile_records(section, num_means, name_key(seed, f.name), partials, tiles, sums, slots)
         num_means += axes.batch * axes.middle * axes.trailing
     device = flat.tensor.device
-    made = {
-        kind: (torch.cat(found) if found else torch.empty(0, TILE_RECORD, dtype=torch.int64)).to(device)
-        for kind, found in tiles.items()
-    }
+    made = {kind: _joined(found, TILE_RECORD).to(device) for kind, found in tiles.items()}
     cut = [
         [begin + at, to + at, terms, stride, min(GATHERED, outputs - at)]
         for begin, to, terms, stride, outputs in sums
@@ -207,7 +217,6 @@ def _tile_records(
             sums.append([partials, section.middle + batch * axes.slab, 0, axes.slab, axes.slab])
             batch_before = batch
         sums[-1][2] += 1
-        record = torch.empty(len(lane), TILE_RECORD, dtype=torch.int64)
         element = row * axes.slab + within
         fields: list[int | torch.Tensor] = [
             element + shift, element, size, widths, axes.slab, axes.trailing,
@@ -216,8 +225,8 @@ def _tile_records(
             row_partials + (column * num_rows + row - first_row) * inner + lane, partials + within,
             start, end, *name, slot + number * len(lane) + torch.arange(len(lane)), section.index,
         ]  # fmt: skip
-        for i, values in enumerate(fields):
-            record[:, i] = values
         partials += axes.slab
-        tiles["strided" if axes.trailing > 1 else "aligned" if wide and whole else "ragged"].append(record)
+        tiles["strided" if axes.trailing > 1 else "aligned" if wide and whole else "ragged"].append(
+            _columns(len(lane), fields)
+        )
     return partials
