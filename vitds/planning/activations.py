@@ -1,102 +1,163 @@
-"""Bytes of what a forward pass keeps for its backward pass, by kind, and of what a backward pass needs beside it.
+"""Bytes of what a forward pass keeps for its backward pass, by kind, and of what either holds beside it for a while.
 
-B images of T tokens (N patches, and one more with a [class] token), width D, MLP M, H heads, C classes, e bytes a number.
-What a block keeps of a micro batch, in numbers of e bytes a token (vitds.models.layers has the products in this order):
+B images of N patches and T tokens (one more with a [class] token), width D, MLP M, H heads, C classes, e bytes a number.
+A block keeps, in numbers of e bytes a token (vitds.models.layers has the operations in this order):
 
     residual    D  its input         D  the sum after attention
     norms       D  of norm1          D  of norm2               and 2 × 4 bytes each: mean and 1/σ
     attention   3D q, k and v        D  its result             and 4·H bytes: the softmax's logarithm of sums
     mlp         M  of fc1            M  of GELU
 
-so 8D + 2M. `full` keeps the input alone, `selective` the input and every product (attention's result and sums among them),
-and the rest comes back for one block at a time.
+so 8D + 2M, compiled or not: of the compiled block other tensors are kept, equally large ones. Recomputed, it keeps
+
+    full        D  its input
+    selective   D  its input, 3D + D of attention and M of fc1, and not compiled also 2D: the results of proj and of fc2,
+                which torch keeps because they are products, although nothing needs them;
+                at ZeRO-3, whose products are DeepSpeed's own, D and D of attention's result alone
+
+and the rest of it is back while its backward pass runs. On CPUs in 16 bits attention works on fp32 copies of q, k and v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vitds.models.activation_checkpointing import per_block
 from vitds.planning.workload import Workload
 
-IMAGE = 3 * 4
-"""Bytes of a pixel as the model takes it: three colours in fp32."""
-
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes of one kind."""
+class Activations:
+    """Bytes of one micro batch."""
 
-    kind: str
-    bytes: int
+    blocks: list[dict[str, int]]
+    """What each block keeps, by kind."""
+    backward: list[tuple[int, int]]
+    """What its backward pass brings back and holds beside what it keeps, in its MLP and in its attention; there it may be
+    less than nothing, for the MLP's tensors are gone."""
+    ends: dict[str, int]
+    """Before and after the blocks: images, patches, norm, pooling, classifier, loss."""
+    loss: int
+    """What the loss's, the classifier's or the pooling's own passes hold beside what is kept."""
+
+    def kept(self, blocks: int) -> dict[str, int]:
+        """What the first so many blocks keep, by kind."""
+        found: dict[str, int] = {}
+        for block in self.blocks[:blocks]:
+            for kind, size in block.items():
+                found[kind] = found.get(kind, 0) + size
+        return found
 
 
-def block(workload: Workload, policy: str) -> list[Kept]:
-    """What one block keeps for its backward pass.
+def activations(workload: Workload) -> Activations:
+    """Those of one micro batch."""
+    policies = per_block(workload.policy, workload.model.depth)
+    held = {policy: _backward(workload, policy) for policy in set(policies)}
+    kept = {policy: _block(workload, policy) for policy in set(policies)}
+    return Activations([kept[p] for p in policies], [held[p] for p in policies], _ends(workload), _head(workload))
 
-    Args:
-        policy: "none", "full" or "selective".
+
+def evaluation(workload: Workload) -> int:
+    """The most that a forward pass holds that keeps nothing: one block's MLP or attention, or the logits."""
+    model, e, tokens = workload.model, workload.precision_bytes, workload.micro_batch * workload.tokens
+    images = workload.micro_batch * model.image_size**2 * 12
+    mlp = 3 * model.width + 2 * model.mlp_dim  # the block's input, the sum, its norm
+    attention = 6 * model.width + (4 * 4 * model.width // e if _fp32_attention(workload) else 0)
+    logits = workload.micro_batch * model.num_classes * (4 * 7 + 8) + _classifier_copy(workload)
+    return images + max(tokens * e * max(mlp, attention), tokens * e * 3 * model.width + logits)
+
+
+def _block(workload: Workload, policy: str) -> dict[str, int]:
+    """What a block keeps, by kind."""
+    model, e = workload.model, workload.precision_bytes
+    width, mlp, tokens = model.width, model.mlp_dim, workload.micro_batch * workload.tokens
+    if policy == "full":
+        return {"residual": tokens * e * width}
+    sums = 4 * model.num_heads
+    wide = _fp32_attention(workload)
+    if policy == "selective":
+        result = (4 if wide else e) * width + sums
+        if workload.job.stage == 3:  # DeepSpeed's own linear there is none of the products that are kept
+            return {"residual": tokens * e * width, "attention": tokens * result}
+        unneeded = 0 if workload.compiled else 2
+        return {
+            "residual": tokens * e * width,
+            "attention": tokens * (3 * e * width + result),
+            "mlp": tokens * e * mlp,
+            "not needed": tokens * e * unneeded * width,
+        }
+    return {
+        "residual": tokens * e * 2 * width,
+        "norms": tokens * (e * 2 * width + 4 * 4),
+        "attention": tokens * ((4 * 4 + e if wide else 4 * e) * width + sums),
+        "mlp": tokens * e * 2 * mlp,
+    }
+
+
+def _backward(workload: Workload, policy: str) -> tuple[int, int]:
+    """What a block's backward pass brings back and holds at most, beside what the block keeps, in MLP and attention.
+
+    The gradient of its result all along. In the MLP that of GELU's result as well; in attention, when the MLP's tensors are
+    gone, those of its result and of q, k and v.
     """
     model, e = workload.model, workload.precision_bytes
-    width, mlp, heads = model.width, model.mlp_dim, model.num_heads
-    tokens = workload.micro_batch * workload.tokens
-    if policy == "full":
-        return [Kept("residual", tokens * width * e)]
-    sums = 4 * heads
-    if workload.device == "cpu" and e == 2:  # attention works on fp32 copies there (vitds.models.layers.attend)
-        attention = 4 * (3 + 1) * width + sums + e * width
-    else:
-        attention = e * (3 + 1) * width + sums
-    if policy == "selective":
-        return [
-            Kept("residual", tokens * e * width),
-            Kept("attention", tokens * (attention + e * width)),
-            Kept("mlp", tokens * e * (mlp + width)),
-        ]
-    return [
-        Kept("residual", tokens * e * 2 * width),
-        Kept("norms", tokens * (e * 2 * width + 4 * 4)),
-        Kept("attention", tokens * attention),
-        Kept("mlp", tokens * e * 2 * mlp),
-    ]
+    width, mlp, tokens = model.width, model.mlp_dim, workload.micro_batch * workload.tokens
+    stored = sum(_block(workload, policy).values())
+    if policy == "selective" and not workload.compiled and workload.job.stage < 3:
+        stored -= tokens * e * width  # fc2's result is not asked for again, and stays
+    back = sum(_block(workload, "none").values()) - stored
+    gone = e * (2 * width + 2 * mlp)  # norm2's input and result, and the MLP's
+    wide = _fp32_attention(workload)
+    attention = (e + 4 * (4 if wide else e)) * width - gone - (e * width if wide else 0)
+    return back + tokens * e * (width + mlp), back + tokens * attention
 
 
-def blocks(workload: Workload) -> dict[str, int]:
-    """What all blocks keep, by kind."""
-    found: dict[str, int] = {}
-    for policy in per_block(workload.policy, workload.model.depth):
-        for kept in block(workload, policy):
-            found[kept.kind] = found.get(kept.kind, 0) + kept.bytes
-    return found
-
-
-def again(workload: Workload) -> int:
-    """What comes back of a block that is computed again, while its backward pass runs."""
-    policies = per_block(workload.policy, workload.model.depth)
-    whole = sum(kept.bytes for kept in block(workload, "none"))
-    return max(
-        (whole - sum(kept.bytes for kept in block(workload, policy)) for policy in policies if policy != "none"),
-        default=0,
-    )
-
-
-def passing(workload: Workload) -> int:
-    """What a block's backward pass holds beside what was kept: gradients of activations on their way."""
-    model, e = workload.model, workload.precision_bytes
-    return workload.micro_batch * workload.tokens * e * (2 * model.width + 2 * model.mlp_dim)
-
-
-def ends(workload: Workload) -> Iterator[Kept]:
-    """What stands before and after the blocks: images and their patches, last norm, pooling, classifier and loss."""
+def _ends(workload: Workload) -> dict[str, int]:
     model, e, images = workload.model, workload.precision_bytes, workload.micro_batch
-    width, tokens, classes = model.width, workload.tokens, model.num_classes
-    pixels = images * model.image_size**2
-    cut = images * model.num_patches * 3 * model.patch_size**2
-    yield Kept("images", pixels * IMAGE)
-    yield Kept("patches", cut * e)
-    yield Kept("norms", images * tokens * (2 * e * width + 8))  # the last block's result and its norm
+    width, tokens, classes, mlp = model.width, images * workload.tokens, model.num_classes, model.mlp_dim
+    norm = tokens * (e * width + 8)  # its input, and two numbers a token
+    pool = 0
     if model.pool == "map":
-        yield Kept("pool", images * (tokens * 2 * width * e + e * (6 * width + 2 * model.mlp_dim)))
+        norm += tokens * e * width  # which keys and values are made of
+        pool = tokens * 2 * width * (4 if _fp32_attention(workload) else e)
+        pool += images * (e * (5 * width + 2 * mlp) + 4 * model.num_heads)
+    elif model.pool == "token" and e == 4:
+        norm += tokens * e * width  # a view of one token keeps all of them
+    ends = {
+        "images": images * model.image_size**2 * 12,
+        "patches": images * model.num_patches * 3 * model.patch_size**2 * e,
+        "norm": norm,
+        "pool": pool,
+    }
     if classes:
-        yield Kept("loss", images * classes * 4 * 6 + classes * width * (4 if e == 2 else 0))
+        ends["classifier"] = _classifier_copy(workload) + images * width * 4
+        ends["loss"] = images * classes * 4 * _loss_rows(workload)[0]
+    return ends
+
+
+def _head(workload: Workload) -> int:
+    """What the passes after the blocks hold for a while, beside all that is kept: the loss, or behind it the classifier, or
+    behind both the pooling."""
+    model, e, images = workload.model, workload.precision_bytes, workload.micro_batch
+    tokens, row = images * workload.tokens, images * model.num_classes * 4
+    rows, more = _loss_rows(workload)
+    copy = _classifier_copy(workload)
+    classifier = row + copy - rows * row
+    fields = (4 if _fp32_attention(workload) else e) if model.pool == "map" else e
+    return max(more * row, classifier, tokens * fields * 2 * model.width - rows * row - copy)
+
+
+def _classifier_copy(workload: Workload) -> int:
+    """The classifier works in fp32: of 16-bit weights it makes a copy."""
+    return workload.model.num_classes * (workload.model.width + 1) * 4 if workload.precision_bytes == 2 else 0
+
+
+def _loss_rows(workload: Workload) -> tuple[int, int]:
+    """fp32 numbers for every logit that the loss keeps, and holds for a while."""
+    on_cpu = workload.device == "cpu"  # log σ keeps a buffer there
+    return ((6 if on_cpu else 4), 3) if workload.model.loss == "sigmoid" else (1, 2)
+
+
+def _fp32_attention(workload: Workload) -> bool:
+    """On CPUs attention in 16 bits works on fp32 copies (vitds.models.layers.attend)."""
+    return workload.device == "cpu" and workload.precision_bytes == 2

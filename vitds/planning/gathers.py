@@ -97,6 +97,8 @@ class Coordinator:
     settings: Settings
     events: Sequence[Event]
     whole: set[str] = field(default_factory=set)
+    most: int = 0
+    """The most parameters that were whole at a time, and being gathered: a gather lies in one piece first, then in its own."""
     _kept: dict[tuple[str, int], set[str]] = field(default_factory=dict)
 
     def run(self, whole: Set[str], micro_batches: int) -> list[list[Gather]]:
@@ -125,7 +127,9 @@ class Coordinator:
             if missing:
                 found.append(Gather(forward, missing))
                 self.whole.update(missing)
-                live += sum(self.sizes[name] for name in missing)
+                new = sum(self.sizes[name] for name in missing)
+                live += new
+                self.most = max(self.most, sum(self.sizes[name] for name in self.whole) + new)
 
         for event in self.events:
             own = self.modules[event.module]
@@ -181,13 +185,20 @@ def gathers(
         persistent: parameters that stay whole from step to step.
         policy: `vitds.train.activation_checkpointing`.
     """
-    return _gathers(tuple(sizes.items()), persistent, settings, policy, micro_batches)
+    return _gathers(tuple(sizes.items()), persistent, settings, policy, micro_batches)[0]
+
+
+def most_whole(
+    sizes: Mapping[str, int], persistent: frozenset[str], settings: Settings, policy: str, micro_batches: int
+) -> int:
+    """The most elements of gathered weights at a time; arguments as of `gathers`."""
+    return _gathers(tuple(sizes.items()), persistent, settings, policy, micro_batches)[1]
 
 
 @lru_cache(maxsize=64)
 def _gathers(
     items: tuple[tuple[str, int], ...], persistent: frozenset[str], settings: Settings, policy: str, micro_batches: int
-) -> list[list[Gather]]:
+) -> tuple[list[list[Gather]], int]:
     sizes = dict(items)
     modules = modules_of(list(sizes))
     depth = 1 + max((int(m.split(".")[1]) for m in modules if m.startswith("blocks.")), default=-1)
@@ -203,7 +214,7 @@ def _gathers(
         coordinator.run(persistent & set(first), micro_batches - 1)
     for _ in range(2):  # the optimizer's step lets go of all, then gathers those that stay
         found = coordinator.run(persistent, micro_batches)
-    return found
+    return found, coordinator.most
 
 
 def _inside(module: str, outer: str) -> bool:

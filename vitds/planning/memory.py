@@ -1,23 +1,23 @@
 """How much memory a rank needs, by kind and by moment, before anything runs.
 
-A step has moments at which memory may be largest; each part says at which of them it is there:
+Each part is there at some of the moments of a step at which memory may be most:
 
-    loss            all activations, the loss and its gradient
-    last block      all activations, and the backward pass of the block that ran last
-    first block     one block's activations, every gradient
-    step            gradients, the optimizer's transients
+    loss            all activations, and the loss's own passes
+    backward        in the block where it is most: activations of this block and those before it, gradients of those after it
+    reduction       all gradients, on their way between ranks
+    step            gradients, and what the optimizer needs beside them
     evaluation      a forward pass that keeps nothing
+    saving          a bucket of a checkpoint
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitds.planning import activations
-from vitds.planning.states import ALWAYS, PASSES, states
+from vitds.planning.activations import activations, evaluation
+from vitds.planning.states import BACKWARD, EVALUATION, LOSS, MOMENTS, Part, States
 from vitds.planning.workload import Workload
 
-MOMENTS = ALWAYS
 CONTEXT = 600 * 2**20
 """CUDA context, cuBLAS and cuDNN handles, kernels: outside torch's count. Assumed; `vitds plan --device` on a GPU measures none of it."""
 CUBLAS = 32 * 2**20
@@ -27,16 +27,6 @@ NCCL = 400 * 2**20
 """NCCL's channels and buffers for a few process groups on more than one rank. Assumed."""
 MARGIN = 0.03
 """Fragmentation: what torch has reserved and cannot use, as a part of its tensors. Assumed."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One kind of memory."""
-
-    kind: str
-    what: str
-    bytes: int
-    when: tuple[str, ...] = MOMENTS
 
 
 @dataclass(frozen=True)
@@ -81,13 +71,23 @@ def memory(workload: Workload, ranks: int) -> Memory:
     Args:
         ranks: that share the states; each holds as much as the fullest of them.
     """
-    parts = [Part(*entry) for entry in states(workload, ranks)]
-    parts += [Part("activations", kind, size, PASSES[:2]) for kind, size in activations.blocks(workload).items()]
-    parts += [Part("activations", kept.kind, kept.bytes, PASSES[:2]) for kept in activations.ends(workload)]
-    again, passing = activations.again(workload), activations.passing(workload)
-    parts.append(Part("activations", "computed again", again, PASSES[1:]))
-    parts.append(Part("activations", "gradients on their way", passing, PASSES[1:]))
-    parts.append(Part("activations", "of a forward pass", passing, ("evaluation",)))
+    states, acts, name = States(workload, ranks), activations(workload), "activations"
+    depth, ends = len(acts.blocks), acts.ends
+    parts = states.steady()
+    parts += [Part(name, kind, size, (LOSS,)) for kind, size in acts.kept(depth).items()]
+    parts += [Part(name, kind, size, (LOSS,)) for kind, size in ends.items() if kind not in ("images", "patches")]
+    parts.append(Part(name, "the loss's and pooling's passes", acts.loss, (LOSS,)))
+    parts.append(Part(name, "patches", ends["patches"], (LOSS, BACKWARD)))
+    parts.append(Part(name, "images", ends["images"], tuple(m for m in MOMENTS if m != EVALUATION)))
+    parts.append(Part(name, "of a forward pass", evaluation(workload), (EVALUATION,)))
+    backwards = []
+    for block in range(depth):
+        for in_attention, brought in enumerate(acts.backward[block]):
+            found = states.during(block, bool(in_attention))
+            found += [Part(name, kind, size, (BACKWARD,)) for kind, size in acts.kept(block + 1).items()]
+            found.append(Part(name, f"block {block}'s backward pass", brought, (BACKWARD,)))
+            backwards.append(found)
+    parts += max(backwards, key=lambda found: sum(part.bytes for part in found))
     peak = Memory(tuple(parts), ()).peak
     outside = [Part("margin", f"{MARGIN:.0%}", int(MARGIN * peak))]
     if workload.device == "cuda":

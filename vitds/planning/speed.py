@@ -12,8 +12,8 @@ from vitds.models import flops_per_image
 from vitds.models.activation_checkpointing import per_block
 from vitds.planning.communication import communication
 from vitds.planning.devices import Device
+from vitds.planning.optimizer_state import state_bytes
 from vitds.planning.scaling import Machine, seconds
-from vitds.planning.states import state_bytes
 from vitds.planning.workload import Workload
 
 PRODUCTS = 0.75

@@ -1,58 +1,248 @@
-"""Bytes of what training keeps between steps, and of what a step's end needs beside it: weights to buckets, by ZeRO stage.
+"""Bytes of what training keeps between micro batches and steps, and of what it needs beside it for a while, by ZeRO stage.
 
-Ψ parameters of which a rank holds Ψ/n; e bytes a number of the model's precision, a of the sums over micro batches.
+DeepSpeed 0.19.8's rules, read in its sources and held against the storages of real engines (tests/planning/test_memory.py).
+Ψ trained parameters, of which a rank holds Ψ/n (S, padded) and I when those are counted whole of which it has a part; e bytes a
+number of the model's precision, a of the sums over micro batches, c of what is sent, 4 of a master; R elements of the fullest
+bucket, B of the buffer for one, F of a flat's share.
+
+    weights     e·Ψ, at stage 3 e·S and what is gathered (vitds.planning.gathers), each gather once more while it comes in
+    masters     4·S, at stage 0 4·Ψ; none where fp32 is stepped in place
+    gradients   0               e·Ψ; in 16 bits 4·Ψ more in the step
+                1               e·Ψ (a·Ψ in fp16), of which a·S is left when they are reduced, a·F more meanwhile
+                1, BF16_Optim.  4·Ψ always
+                2               a·S
+                3               a·S always
+                1, 2 and 3      where a ≠ 4, and always at 3: 4·F in the step, for the flat that is stepped
+    buckets     0: of 5e8 elements, e and c bytes each; BF16_Optimizer: 4·B and c·B; 1 and 2: e·B while gradients come, two with
+                overlap_comm, and (e + c)·R while one is reduced; 3: c·B always, and (c + c)·R
+
+(c does not count twice where it is e.) Of this DeepSpeed alone would need more: see vitds/zero/lean.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from vitds.optim.factoring import factoring_of
-from vitds.planning.job import BYTES, Job
+from vitds.planning.communication import ENGINE_BUCKET, _buckets, _persistent
+from vitds.planning.gathers import Settings, most_whole
+from vitds.planning.job import Job
+from vitds.planning.optimizer_state import scratch_bytes, state_bytes
+from vitds.planning.shares import FlatShare, flat_shares, master_bytes, sum_bytes
 from vitds.planning.workload import Workload
 
-ALWAYS = ("loss", "last block", "first block", "step", "evaluation")
-PASSES = ("loss", "last block", "first block")
+LOSS, BACKWARD, REDUCE, STEP, EVALUATION, SAVING = ("loss", "backward", "reduction", "step", "evaluation", "saving")
+MOMENTS = (LOSS, BACKWARD, REDUCE, STEP, EVALUATION, SAVING)
+SAVE_BUCKET = 512 * 2**20
+"""vitds.checkpoint.save.Saver's bucket_bytes, which lies on the device that ranks send from."""
 
 
-def states(workload: Workload, ranks: int) -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
-    """(kind, what, bytes, moments) of everything that is no activation."""
-    job = workload.job
-    e, stage, sizes = workload.precision_bytes, job.stage, job.sizes
-    everything, trained = sum(sizes.values()), job.trained
-    share = math.ceil(trained / ranks) if stage else trained
-    sums = BYTES[str(job.section.get("data_types", {}).get("grad_accum_dtype") or ("bf16" if job.half else "fp32"))]
-    yield "weights", "", (math.ceil(everything / ranks) if stage == 3 else everything) * e, ALWAYS
-    if stage or job.half:
-        yield "masters", "fp32", 4 * share, ALWAYS
-    yield "optimizer state", workload.optimizer, state_bytes(job, ranks), ALWAYS
-    if workload.ema:
-        yield "average", "fp32", 4 * share, ALWAYS
-    kept = trained if stage < 2 else share
-    yield "gradients", "sums", kept * sums, (*PASSES[1:], "step") if workload.accumulation == 1 else (*PASSES, "step")
-    largest = max(sum(sizes[name] for name in flat) for flat in job.flats(ranks))
-    yield "gradients", "fp32, of the flat that is stepped", 4 * math.ceil(largest / (ranks if stage else 1)), ("step",)
-    if stage:
-        yield "buckets", "reduce", int(job.zero.get("reduce_bucket_size", 5e8)) * e, PASSES
-    if stage == 3:
-        live = int(job.zero.get("stage3_prefetch_bucket_size", 5e7)) * e
-        yield "weights", "gathered", min(live, everything * e), PASSES
+@dataclass(frozen=True)
+class Part:
+    """Bytes of one kind, and the moments of a step at which they are there."""
+
+    kind: str
+    what: str
+    bytes: int
+    when: tuple[str, ...] = MOMENTS
 
 
-def state_bytes(job: Job, ranks: int) -> int:
-    """Bytes of optimizer state on a rank: momentum in bf16; second moments by the optimizer; row and column sums whole."""
-    name, params = str(job.optimizer["type"]), job.optimizer.get("params", {})
-    share = 1 if job.stage == 0 else ranks
-    trained = job.trained
-    if name == "HalfPrecisionMomentumAdam":
-        return math.ceil(trained / share) * 6
-    if name == "HalfPrecisionMomentumSGD":
-        return math.ceil(trained / share) * 2
-    if name != "ModifiedAdafactor":
-        return math.ceil(trained / share) * 8
-    least, sizes, second = int(params.get("min_dim_size_to_factor", 32)), job.sizes, 0
-    for parameter in job.names:
-        axes = factoring_of(tuple(job.views[parameter]), least)
-        second += math.ceil(sizes[parameter] / share) if axes is None else axes.num_over_y + axes.num_over_x
-    return math.ceil(trained / share) * 2 + 4 * second
+@dataclass
+class States:
+    """Everything that is no activation, on the rank that holds most."""
+
+    workload: Workload
+    ranks: int
+    flats: list[FlatShare] = field(init=False)
+    buckets: list[list[str]] = field(init=False)
+    """Gradients that are reduced together, in the order in which they come."""
+
+    def __post_init__(self) -> None:
+        job, sizes = self.job, self.job.sizes
+        self.flats = flat_shares(job, self.ranks)
+        trained = [name for name in reversed(list(sizes)) if name in job.names]
+        self.buckets = _buckets(trained, sizes, int(job.zero.get("reduce_bucket_size", 5e8)))
+
+    @property
+    def job(self) -> Job:
+        """What ranks share."""
+        return self.workload.job
+
+    def steady(self) -> list[Part]:
+        """What does not depend on how far a backward pass has come."""
+        return [part for part in self._steady() if part.bytes]
+
+    def during(self, block: int, in_attention: bool) -> list[Part]:
+        """What a backward pass has of gradients while it is in a block's MLP, or its attention: those of all later blocks."""
+        return [part for part in self._during(block, in_attention) if part.bytes]
+
+    def _steady(self) -> Iterator[Part]:
+        workload, job, e = self.workload, self.job, self.workload.precision_bytes
+        share, master, sums, sent = self.share, master_bytes(job), sum_bytes(job), job.gradient_bytes
+        yield from self._weights()
+        if job.stage or job.half:
+            yield Part("masters", "16 bits" if master == 2 else "fp32", master * share)
+        yield Part("optimizer state", workload.optimizer, state_bytes(job, self.ranks))
+        if workload.ema:
+            yield Part("average", "fp32", 4 * share)
+        largest = max((flat.share for flat in self.flats), default=0)
+        converted = bool(job.stage) and sums != master and not job.whole_gradients
+        scratch = scratch_bytes(job, self.ranks, workload.device)  # by then the sums that were converted have gone
+        yield Part("optimizer state", "scratch", max(0, scratch - (sums * largest if converted else 0)), (STEP,))
+        again = (
+            () if workload.accumulation == 1 else (LOSS,)
+        )  # in a later micro batch's passes what was added up is there
+        if job.whole_gradients:  # BF16_Optimizer
+            whole = sum(flat.elements for flat in self.flats)
+            yield Part("gradients", "fp32, whole", 4 * whole)
+            yield Part("buckets", "reduced", min(self.bucket, whole) * (4 + (sent if sent != 4 else 0)), (REDUCE,))
+        elif job.stage == 0:
+            yield Part("gradients", "", job.trained * e, (*again, REDUCE, STEP))
+            yield Part("gradients", "fp32", job.trained * master if job.half else 0, (STEP,))
+            reduced = _engine_bucket([job.sizes[name] for name in job.sizes if name in job.names])
+            yield Part("buckets", "reduced", reduced * (e + (sent if sent != e else 0)), (REDUCE,))
+        elif job.stage == 1:
+            staged = max(e, sums)
+            yield Part("gradients", "", job.trained * staged, (*again, REDUCE))
+            filled = sum(self._largest_of_groups()) if job.zero.get("overlap_comm") else largest
+            yield Part("gradients", "of the flats that they are added into", sums * filled, (REDUCE,))
+            yield Part("gradients", "this rank's part", sums * share, (STEP,))
+            yield Part("buckets", "buffer", self._buffer(staged), (*again, REDUCE))
+            yield Part("buckets", "reduced", self._reduced(staged), (REDUCE,))
+        elif job.stage == 2:
+            yield Part("gradients", "this rank's part", sums * share, (*again, REDUCE, STEP))
+            yield Part("gradients", "larger than a bucket", e * self._large(-1), (REDUCE,))
+            yield Part("buckets", "buffer", self._buffer(e), (REDUCE,))
+            yield Part("buckets", "reduced", self._reduced(e), (REDUCE,))
+        else:
+            yield Part("gradients", "this rank's part", sums * share)
+            yield Part("gradients", "of the flat that is stepped", sums * largest, (STEP,))
+            yield Part("buckets", "buffer", self._buffer(sent))
+            yield Part("buckets", "reduced", self._scattered(), (REDUCE,))
+        if converted:
+            yield Part("gradients", f"of the flat that is stepped, in {8 * master} bits", master * largest, (STEP,))
+        if workload.device == "cuda" and self.ranks > 1:
+            yield Part("buckets", "of a checkpoint", min(SAVE_BUCKET, 2 * master * share), (SAVING,))
+
+    def _during(self, block: int, in_attention: bool) -> Iterator[Part]:
+        job, e, sums, when = self.job, self.workload.precision_bytes, sum_bytes(self.job), (BACKWARD,)
+        sizes, summed = job.sizes, self.workload.accumulation > 1
+        came = [name for bucket in self.buckets for name in bucket if _block_of(name, self.depth) > block]
+        # A bucket goes off when a gradient comes that it has no room for.
+        own = f"blocks.{block}." if in_attention else f"blocks.{block}.mlp.fc2"
+        gone = [
+            bucket
+            for bucket, following in zip(self.buckets, self.buckets[1:], strict=False)
+            if _block_of(following[0], self.depth) > block or following[0].startswith(own)
+        ]
+        yield Part("gradients", "the largest on its way", e * self._largest, when)
+        if job.stage == 0:
+            yield Part("gradients", "", e * (job.trained if summed else sum(sizes[name] for name in came)), when)
+        elif job.whole_gradients:
+            yield Part("gradients", "the largest, in fp32", 4 * self._largest, when)
+        elif job.stage == 1:
+            staged = max(e, sums)
+            yield Part("gradients", "", staged * (job.trained if summed else sum(sizes[name] for name in came)), when)
+            yield Part("buckets", "buffer", self._buffer(staged), when)
+            yield Part(
+                "buckets", "reduced", self._reduced(staged) if gone and job.zero.get("overlap_comm") else 0, when
+            )
+        elif job.stage == 2:
+            touched = {name for bucket in gone for name in bucket}
+            flats = [flat for flat in self.flats if summed or touched.intersection(flat.names)]
+            yield Part("gradients", "this rank's part", sums * sum(flat.share for flat in flats), when)
+            yield Part("gradients", "larger than a bucket", e * self._large(block), when)
+            yield Part("buckets", "buffer", self._buffer(e), when)
+            yield Part("buckets", "reduced", self._reduced(e) if gone else 0, when)
+        elif job.stage == 3:
+            yield Part("buckets", "reduced", self._scattered() if gone else 0, when)
+
+    def _weights(self) -> Iterator[Part]:
+        job, e, sizes = self.job, self.workload.precision_bytes, self.job.sizes
+        if job.stage < 3:
+            padding = sum(flat.elements for flat in self.flats) - job.trained if job.stage else 0
+            yield Part("weights", "", (sum(sizes.values()) + padding) * e)
+            return
+        yield Part("weights", "this rank's part", e * sum(math.ceil(size / self.ranks) for size in sizes.values()))
+        if job.hpz > 1:
+            yield Part("weights", "second copy (hpZ)", e * sum(math.ceil(size / job.hpz) for size in sizes.values()))
+        if self.ranks > 1:
+            persistent, zero = _persistent(job), job.zero
+            settings = Settings(
+                int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+                int(zero.get("stage3_max_live_parameters", 1e9)),
+                int(zero.get("stage3_max_reuse_distance", 1e9)),
+            )
+            most = most_whole(sizes, persistent, settings, job.policy, self.workload.accumulation)
+            yield Part("weights", "gathered", most * e, (LOSS, BACKWARD, EVALUATION))
+            kept = sum(sizes[name] for name in persistent)
+            yield Part("weights", "gathered, persistent", kept * e, (REDUCE, SAVING))
+
+    @property
+    def share(self) -> int:
+        """S: elements that a rank steps."""
+        return sum(flat.share for flat in self.flats)
+
+    @property
+    def bucket(self) -> int:
+        """B: elements of a bucket."""
+        return int(self.job.zero.get("reduce_bucket_size", 5e8))
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return self.workload.model.depth
+
+    def _buffer(self, e: int) -> int:
+        if not self.job.zero.get("contiguous_gradients", True):
+            return 0
+        return e * self.bucket * (2 if self.job.zero.get("overlap_comm") and self.job.stage < 3 else 1)
+
+    @property
+    def _fullest(self) -> int:
+        """R: elements of the fullest bucket; a gradient that is larger than a bucket is alone in one."""
+        sizes = self.job.sizes
+        return max((sum(sizes[name] for name in names) for names in self.buckets), default=0)
+
+    def _reduced(self, e: int) -> int:
+        """A bucket in one piece, as it is sent, and its largest gradient as it is added up."""
+        sent, sums = self.job.gradient_bytes, sum_bytes(self.job)
+        return self._fullest * (e + (sent if sent != e else 0)) + (self._largest * sums if sums != sent else 0)
+
+    def _scattered(self) -> int:
+        """A bucket as it is sent, and a rank's part of it as it is added up."""
+        sent, sums = self.job.gradient_bytes, sum_bytes(self.job)
+        return self._fullest * sent + (self._fullest * sums // self.ranks if sums != sent else 0)
+
+    @property
+    def _largest(self) -> int:
+        sizes = self.job.sizes
+        return max((sizes[name] for name in self.job.names), default=0)
+
+    def _largest_of_groups(self) -> list[int]:
+        return [max(flat.share for flat in self.flats if flat.names[0] in group) for group in self.job.groups if group]
+
+    def _large(self, block: int) -> int:
+        """Elements of gradients that fit no bucket; those that the rank steps a part of stay until the backward pass ends."""
+        sizes = self.job.sizes
+        names = [name for name in self.job.names if sizes[name] > self.bucket and _block_of(name, self.depth) > block]
+        return min(sum(sizes[name] for name in names), self.share + self._largest)
+
+
+def _block_of(name: str, depth: int) -> int:
+    """In which block a parameter is: `depth` behind them, -1 before."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return -1 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth
+
+
+def _engine_bucket(sizes: list[int]) -> int:
+    """Elements that the engine itself reduces together at most: a bucket goes off once it is passed."""
+    most = filled = 0
+    for size in sizes:
+        filled += size
+        most = max(most, filled)
+        if filled > ENGINE_BUCKET:
+            filled = 0
+    return most

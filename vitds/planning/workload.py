@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vitds.models import ViTConfig, ViTForImageClassification, build_config
-from vitds.optim.groups import build_groups
+from vitds.optim.groups import FLAT_ELEMENTS, build_groups
 from vitds.planning.job import Job
 
 
@@ -96,6 +96,7 @@ def workload_of_shape(
     policy: str = "none",
     compiled: bool = False,
     device: str = "cuda",
+    flat_elements: int = FLAT_ELEMENTS,
 ) -> Workload:
     """That of a shape, without a run file.
 
@@ -103,8 +104,8 @@ def workload_of_shape(
         optimizer: type and params.
         section: DeepSpeed's half of a run file, as resolved.
     """
-    return Workload(job_of(model, optimizer, section, policy=policy), model, micro_batch, accumulation, compiled,
-                    device=device)  # fmt: skip
+    job = replace(job_of(model, optimizer, section, policy=policy), flat_elements=flat_elements)
+    return Workload(job, model, micro_batch, accumulation, compiled, device=device)
 
 
 def job_of(
