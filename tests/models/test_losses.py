@@ -62,3 +62,29 @@ def test_models_use_the_loss_they_name() -> None:
         images, labels = torch.rand(3, 3, 8, 8) * 2 - 1, torch.tensor([3, 0, 2])
         output = model(images, labels=labels)
         assert torch.equal(output.loss, loss(output.logits, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["numbers", "multi-hot", "soft"])
+def test_sigmoid_against_its_formula_differentiated_by_torch(form: str, dtype: torch.dtype) -> None:
+    """From −90 to 90, beyond where exp overflows in fp32 and where softplus becomes its argument."""
+    logits = torch.linspace(-90, 90, 4 * 37, dtype=torch.float64)[torch.randperm(4 * 37)].view(4, 37)
+    labels = torch.tensor([0, 36, 5, 17])
+    rows = {"multi-hot": (torch.rand(4, 37) < 0.2).long(), "soft": torch.rand(4, 37)}.get(form)
+    targets = torch.nn.functional.one_hot(labels, 37) if rows is None else rows
+    exact, ours = logits.clone().requires_grad_(), logits.to(dtype).requires_grad_()
+    y, log_sigmoid = targets.double(), torch.nn.functional.logsigmoid
+    expected = -(y * log_sigmoid(exact) + (1 - y) * log_sigmoid(-exact)).sum(1).mean()
+    found = LOSSES["sigmoid"](ours, labels if rows is None else rows)
+    expected.backward()
+    (3 * found).backward()
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-14
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    torch.testing.assert_close(ours.grad.double() / 3, exact.grad, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_sigmoid_keeps_nothing_but_its_arguments() -> None:
+    logits, kept = torch.randn(8, 1000, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda t: t):
+        LOSSES["sigmoid"](logits, torch.arange(8))
+    assert kept.count(logits.data_ptr()) == 1 and len(kept) == 2
