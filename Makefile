@@ -3,7 +3,7 @@
 # make torture   every cell of the ZeRO, reshape and kill matrices, on every number of ranks (about an hour)
 # make torture-cluster   hosts that are killed, frozen, cut off or slow, at several times of a run (Linux, root; about an hour)
 # make lint    ruff and mypy
-# make bench   the benchmarks a CPU can run
+# make bench   the benchmarks a CPU can run (some minutes); benchmarks/gpu.sh: those of a GPU
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/digits
@@ -48,8 +48,11 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/optimizer.py
-	$(BIN)/deepspeed $(RANKS) benchmarks/checkpoint.py
+	-$(BIN)/python benchmarks/step.py --config ds_configs/digits.json --threads 1 --trainees ours torch torch-fp32 siglip-deepspeed
+	-$(BIN)/python benchmarks/optimizer.py
+	-$(BIN)/python benchmarks/startup.py --rounds 1
+	-$(BIN)/python benchmarks/loader.py --workers 2 --rounds 3
+	-$(BIN)/deepspeed $(RANKS) benchmarks/checkpoint.py --rounds 3
 
 docs: $(READY)
 	$(BIN)/python -m vitds.cli config-docs > docs/config.md

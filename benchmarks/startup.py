@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,10 +94,17 @@ def watched() -> None:
 
 
 class Command:
-    """The user's command on this host."""
+    """The user's command on this host.
 
-    def __init__(self, options: argparse.Namespace, sets: list[str], caches: Path | None = None) -> None:
-        self.options, self.sets, self.caches = options, sets, caches
+    Args:
+        caches: where compiled code lies; None is the user's own places.
+        fresh: the caches are emptied first.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, sets: list[str], caches: Path | None = None, fresh: bool = False
+    ) -> None:
+        self.options, self.sets, self.caches, self.fresh = options, sets, caches, fresh
 
     def __call__(self) -> dict[str, float]:
         """Start it and wait for its end; seconds by phase, each from the end of the one before."""
@@ -120,16 +128,18 @@ class Command:
         from children import free_port
         from runner import Failed
 
-        caches = self.caches or place
-        environment = {**os.environ, FILE: str(place / "marks.json"), CLOCK: str(time.monotonic())}
-        for name in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-            environment[name] = str(caches / name.lower())
+        environment = dict(os.environ)
+        for name in ("TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR") if self.caches else ():
+            environment[name] = str(self.caches / name.lower())
+            if self.fresh:
+                shutil.rmtree(environment[name], ignore_errors=True)
         launcher = Path(sys.executable).with_name("deepspeed")
         ranks = ["--num_gpus", str(self.options.ranks)]
         overrides = [word for text in self.sets for word in ("--set", text)]
         words = [str(launcher), *ranks, "--master_port", str(free_port()), __file__, "--config", self.options.config]
         words += ["--output-dir", str(place / "run"), *overrides]
         start = time.monotonic()
+        environment |= {FILE: str(place / "marks.json"), CLOCK: str(start)}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=self.options.timeout)
         seconds = time.monotonic() - start
         if done.returncode != 0:
@@ -168,9 +178,8 @@ def main() -> None:
             'scheduler={"type":"constant","params":{}}', "vitds.data.eval=null",
         ]  # fmt: skip
         kept = tempfile.TemporaryDirectory()
-        cold, warm = (Command(options, [*options.set, *short], caches) for caches in (None, Path(kept.name)))
-        warm_up = [Candidate("fills the caches", warm)]
-        compare("", warm_up, rounds=0, warmup=1)
+        cold = Command(options, [*options.set, *short], Path(kept.name), fresh=True)
+        warm = Command(options, [*options.set, *short], Path(kept.name))  # the last cold run has filled the caches
         candidates = [Candidate("cold", cold), Candidate("warm", warm, baseline="cold")]
         rounds, title = options.rounds, "seconds to the first optimizer step"
     what = f"{title}: {options.config} {' '.join(options.set)}, {options.ranks} rank(s)"
