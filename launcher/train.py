@@ -107,7 +107,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption,
                     with slow.backward:
                         engine.backward(loss)
                     losses.append(loss.detach())
-                mean_loss = dist.mean(torch.stack(losses))  # waits for the device, before anything is changed
+                mean_loss = engine.mean_loss(losses)  # waits for the device, before anything is changed
                 verdict = guard.judge(mean_loss)
                 with profile.optimizer():
                     updated = engine.step(drop=verdict != "update")

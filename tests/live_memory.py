@@ -78,7 +78,9 @@ def _counts(value: Any) -> bool:
 def _caller() -> str:
     """The line outside torch for which an operation runs; a backward pass has none of its own."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame.f_back is not None and (
+        "/torch/" in frame.f_code.co_filename or frame.f_code.co_name.startswith("__torch_")
+    ):
         frame = frame.f_back
     return f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
 

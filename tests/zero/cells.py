@@ -40,6 +40,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "bf16 z1 fp32 sums": _cell(BF16, FP32_SUM, 1),
     "bf16 z2": _cell(BF16, FP32_SUM, 2),
     "bf16 z2 round-robin": _cell(BF16, FP32_SUM, 2, round_robin_gradients=True),
+    "bf16 z2 bf16 sums": _cell(BF16, BF16_SUM, 2),
+    "bf16 z2 overlapping": _cell(BF16, FP32_SUM, 2, overlap_comm=True),
     "bf16 z3": _cell(BF16, FP32_SUM, 3, stage3_param_persistence_threshold=0),
     "bf16 z3 tiny sub-groups": _cell(BF16, FP32_SUM, 3, sub_group_size=500),
     "fp16 z0": _cell(FP16, FP16_SUM, 0),

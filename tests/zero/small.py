@@ -33,6 +33,7 @@ def build_engine(
     policy: str = "none",
     compiled: bool = False,
     overrides: Sequence[Any] = (),
+    flats: int = 0,
 ) -> tuple[TrainingEngine, ViTForImageClassification]:
     """The engine of a cell, and its model; the masters are filled by whoever wants them."""
     with torch.device("meta"):
@@ -45,7 +46,7 @@ def build_engine(
     )  # fmt: skip
     section = {**CELLS[cell], "train_batch_size": global_batch}
     section["train_micro_batch_size_per_gpu"] = global_batch // dist.world_size() // accumulation
-    engine = TrainingEngine(vit, groups, optimizer, section, accumulation, flat_elements(cell))
+    engine = TrainingEngine(vit, groups, optimizer, section, accumulation, flats or flat_elements(cell))
     if compiled:
         vit.compile_blocks(backend="aot_eager")  # what inductor does to the code is not ours to test
     return engine, vit
@@ -61,11 +62,12 @@ def initialise(engine: TrainingEngine, model: ViTForImageClassification) -> None
 
 def one_step(engine: TrainingEngine, batches: Iterable[Batch], drop: bool = False) -> tuple[float, bool]:
     """One step over this rank's micro batches: the mean loss over all ranks, and whether there was an update."""
-    losses, updated = [], False
+    losses = list[torch.Tensor]()
     for batch in batches:
+        if losses:
+            engine.step()
         images, labels = to_model_range(batch.images, engine.device), batch.labels.to(engine.device)
         loss = engine(images, labels=labels).loss
         engine.backward(loss)
         losses.append(loss.detach())
-        updated = engine.step(drop=drop)
-    return dist.mean(torch.stack(losses)), updated
+    return engine.mean_loss(losses), engine.step(drop=drop)

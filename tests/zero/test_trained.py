@@ -36,7 +36,7 @@ def worlds(tmp_path_factory) -> dict[int, tuple[list[Facts], dict[str, dict[str,
     found = {}
     for world in WORLDS:
         directory = tmp_path_factory.mktemp(f"trained{world}")
-        done = ranks(world, Path(trained.__file__), directory)
+        done = ranks(world, Path(trained.__file__), directory, timeout=900)
         assert (directory / "rank0.json").exists(), done.stdout[-4000:]
         assert done.returncode == 0, done.stdout[-3000:]
         facts = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(world)]

@@ -4,7 +4,7 @@ DeepSpeed 0.19.8's rules, each read in its sources and checked by a counted run 
 number of trained parameters, n the number of ranks:
 
     stage 0    gradients: all-reduce of Ψ, once a step
-    stage 1    the same (under BF16_Optimizer of the flats, padding included); weights: all-gather of the flats after the update
+    stage 1    the same (under BF16_Optimizer of the flats, padding included, in pieces of a bucket); weights: all-gather of the flats after the update
     stage 2    gradients: all-reduce of Ψ, after every micro batch; weights: as stage 1
     stage 3    gradients: reduce-scatter of Ψ, after every micro batch; weights: all-gathers in forward and in backward
                (vitds.planning.gathers), and of the small persistent ones after the update
@@ -32,7 +32,7 @@ def communication(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     """All that a rank has to do with the others in one optimizer step of a run under way; nothing for one rank alone.
 
     Not in it: the first steps of ZeRO-3, which learn the order of modules and gather more; evaluation and checkpoints; two
-    flags a micro batch by which ranks agree to stop (over gloo, 2 bytes); the overflow flag of fp16 at stages 0 and 3.
+    flags a micro batch by which ranks agree to stop (over gloo, 2 bytes); the overflow flag of fp16 at stage 0.
 
     Args:
         ranks: GPUs; every one holds a share (no tensor or pipeline parallelism).
@@ -46,7 +46,8 @@ def communication(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     parts += [Traffic("second moments", "all_reduce", 4 * size, 1, ranks) for size in moments if size]
     if job.optimizer["params"].get("clipping_threshold") is not None and job.stage > 0 and any(moments):
         parts += [Traffic("second moments", "all_reduce", 4 * len(flat), 1, ranks) for flat in flats]
-    parts.append(Traffic("scalars", "all_reduce", 8, 1, ranks))  # the mean loss, as the guard and the log want it
+    # The mean loss, as the guard and the log want it, and under ZeRO with it the squared norm of the gradient.
+    parts.append(Traffic("scalars", "all_reduce", 16 if job.stage > 0 else 8, 1, ranks))
     return parts
 
 
@@ -63,8 +64,9 @@ def _stages_0_to_2(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     kind, when, bucket = "all_reduce", "backward", int(job.zero.get("reduce_bucket_size", 5e8))
     trained = [name for name in sizes if name in job.names]
     if stage == 0 or job.whole_gradients:
-        tensors, when = (padded if stage else [sizes[name] for name in trained]), "step"
-        gradients, calls = sum(tensors), _engine_calls(tensors)
+        pieces = [piece for size in padded for piece in _split(size, bucket)]
+        tensors, when = (pieces if stage else [sizes[name] for name in trained]), "step"
+        gradients, calls = sum(tensors), _engine_calls(tensors, bucket - 1 if stage else ENGINE_BUCKET)
     else:
         if stage == 1 and not job.zero.get("overlap_comm"):  # group after group, when all are there
             trained = [name for group in job.groups for name in group]
@@ -82,10 +84,6 @@ def _stages_0_to_2(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
         parts += [Traffic("weights", "all_gather", size * job.weight_bytes, 1, ranks) for size in padded]
     if stage == 0 and not job.half and job.section.get("gradient_clipping", 0):
         parts.append(Traffic("scalars", "all_reduce", 4, 1, ranks))  # the norm, once more averaged
-    if stage > 0 and not job.whole_gradients:
-        parts.append(Traffic("scalars", "all_reduce", 4 * len(padded), len(padded), ranks))  # squared norms
-        if job.half:
-            parts.append(Traffic("scalars", "all_reduce", 1, 1, ranks))  # was any gradient not finite
     return parts
 
 
@@ -126,8 +124,7 @@ def _stage_3(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
         payload = micro_batches * elements * job.gradient_bytes
         kind = "all_reduce" if alike else "reduce_scatter"
         parts.append(Traffic("gradients", kind, payload, micro_batches, ranks, "backward"))
-    flats = len(job.flats(ranks))
-    return [*parts, Traffic("scalars", "all_reduce", 8 * flats, flats, ranks)]  # squared norms
+    return parts
 
 
 def _persistent(job: Job) -> frozenset[str]:
@@ -178,12 +175,16 @@ def _buckets(names: Sequence[str], sizes: Mapping[str, int], bucket: int) -> lis
     return found
 
 
-def _engine_calls(sizes: Sequence[int]) -> int:
+def _split(size: int, piece: int) -> list[int]:
+    return [piece] * (size // piece) + ([size % piece] if size % piece else [])
+
+
+def _engine_calls(sizes: Sequence[int], bucket: int) -> int:
     """Collectives where the engine itself reduces (stage 0, BF16_Optimizer): a bucket goes off once it is passed."""
     count = filled = 0
     for size in sizes:
         filled += size
-        if filled > ENGINE_BUCKET:
+        if filled > bucket:
             count, filled = count + 1, 0
     return count + (filled > 0)
 

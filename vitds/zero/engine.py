@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -18,6 +18,8 @@ from vitds.optim import OPTIMIZERS, LayoutOptimizer, constructor_params
 from vitds.optim.elementwise import assert_elementwise
 from vitds.optim.groups import FLAT_ELEMENTS, Group, flats_of
 from vitds.zero.foreign import ForeignState
+from vitds.zero.lean import lean_section, make_lean
+from vitds.zero.norm import GradientNorm
 from vitds.zero.partitions import Partitions, loss_scaler_state, restore_loss_scaler, without_update
 
 OWN_NAMES = ("Adam", "AdamW", "Lion")
@@ -77,7 +79,7 @@ class TrainingEngine:
             for names in (flats_of(group.names, sizes, dist.world_size(), flat_elements) if cut_here else [group.names])
         ]
         section = {
-            **section,
+            **lean_section(section),
             "zero_allow_untested_optimizer": True,
             "gradient_accumulation_steps": gradient_accumulation_steps,
         }
@@ -91,6 +93,9 @@ class TrainingEngine:
         self.optimizer: Any = self.deepspeed.basic_optimizer
         self.optimizer.__dict__.pop("step", None)
         self.wrapper_name = type(self.deepspeed.optimizer).__name__
+        make_lean(self.deepspeed)
+        wrapper = self.deepspeed.optimizer
+        self._norms = GradientNorm(wrapper) if GradientNorm.serves(wrapper) else None
         self.partitions = Partitions(self.deepspeed, model.shapes, model.factored_views())
         self.partitions.assert_masters_equal_weights()
         self.foreign: ForeignState | None = None
@@ -112,6 +117,14 @@ class TrainingEngine:
     def backward(self, loss: torch.Tensor) -> None:
         """Add one micro batch's gradient; reduced over the ranks where the stage does so."""
         self.deepspeed.backward(loss)
+        if self._norms is not None:
+            self._norms.forget()
+
+    def mean_loss(self, losses: Sequence[torch.Tensor]) -> float:
+        """Mean over a step's micro batches and over the ranks, after the last backward. Collective; waits for the device,
+        and brings the gradient's norm along, so that `step` does not wait again."""
+        mean = torch.stack(list(losses)).detach().double().mean()
+        return dist.mean(mean) if self._norms is None else self._norms.measure(mean)
 
     def step(self, drop: bool = False) -> bool:
         """After each micro batch's backward. True when the weights were updated, False inside an accumulation or

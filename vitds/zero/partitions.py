@@ -2,8 +2,8 @@
 
 DeepSpeed has no hook that tells an optimizer the shapes behind its flat buffers, so they are read off the wrapper's own
 attributes once, right after it is built, and proved there: fragments tile every parameter exactly, and each master
-fragment holds the same numbers as the 16-bit weight it belongs to. No other module touches a private attribute of
-DeepSpeed. Its own `safe_get_*` and `_hp_mapping` are not used: they return other parameters' values under
+fragment holds the same numbers as the 16-bit weight it belongs to. Besides norm.py and lean.py no other module touches a
+private attribute of DeepSpeed. Its own `safe_get_*` and `_hp_mapping` are not used: they return other parameters' values under
 `round_robin_gradients` (docs/LOG.md).
 """
 
