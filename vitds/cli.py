@@ -20,6 +20,7 @@ from vitds.config import RunFile, VitdsSection, load_run_file, prepare
 from vitds.data_verbs import verbs as data_verbs
 from vitds.errors import UserError, nearest
 from vitds.metrics import MonitorSections, Window
+from vitds.planning import shapes_verb
 from vitds.planning import verbs as planning_verbs
 from vitds.schedules import SCHEDULES
 from vitds.sections import json_names, to_json
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--gpus", type=int, default=1, help="number of ranks to check the batch arithmetic for")
     check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     verbs.add_parser("config-docs", help="print docs/config.md, made from the sections themselves")
-    for room in (supervisor, schedulers, doctor, planning_verbs):
+    for room in (supervisor, schedulers, doctor, planning_verbs, shapes_verb):
         room.add_verb(verbs)
     checkpoint_verbs.add_verbs(verbs)
     data_verbs.add_verbs(verbs)
@@ -100,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
             return doctor.run(options, _load)
         if options.verb == "plan":
             return planning_verbs.run(options, load_run_file)
+        if options.verb == "shapes":
+            return shapes_verb.run(options, load_run_file)
         run = load_run_file(options.config, options.set, world_size=options.gpus)
         prepare(run)
     except UserError as error:
