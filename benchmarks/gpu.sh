@@ -37,11 +37,11 @@ if [ "$device" = cpu ]; then
     log=benchmarks/gpu-dry-run.txt minutes=${MINUTES:-60} gpus=1
     shape="--set vitds.model.width=32 --set vitds.model.depth=2 --set vitds.model.mlp_dim=64 --set vitds.model.num_heads=2
            --set vitds.model.image_size=28 --set vitds.model.patch_size=14 --set vitds.model.num_classes=10"
-    G14_sizes=2:2 g14_sizes=2:2 S16_sizes=2:2 flats="ViT-S/16" threads="--threads 1" attention="2,16,2,104 2,16,2,88" micro=2
+    G14_sizes=2:2 g14_sizes=2:2 S16_sizes=2:2 flats="ViT-S/16 --elements 1000000 --rounds 1" fp8="--steps 3 --seeds 0" attention="2,16,2,104 2,16,2,88" micro=2
     G14_classes=10 S16_classes=10 quick="--warmup 1 --steps 1" small="--variant ViT-mu/16 --rounds 1" images="--images 16 --batches 1 --rounds 1"
 else
     log=benchmarks/gpu-$(date +%F).txt minutes=${MINUTES:-20} gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-    shape="" G14_sizes=32:256 g14_sizes=64:256 S16_sizes=256:1024 flats="ViT-G/14" threads="" micro=64
+    shape="" G14_sizes=32:256 g14_sizes=64:256 S16_sizes=256:1024 flats="ViT-G/14" fp8="" micro=64
     attention="64,256,16,104 64,256,16,88 256,196,6,64"
     G14_classes=29593 S16_classes=1000 quick="--warmup 3 --steps 10" small="--variant ViT-L/16 --rounds 3" images="--images 256 --rounds 2"
 fi
@@ -94,7 +94,7 @@ all_parts() {
     # shellcheck disable=SC2046,SC2086
     {
         part attention 45 "$python" benchmarks/attention.py --device $device --shapes $attention $(out attention)
-        part optimizer 90 "$python" benchmarks/optimizer.py --device $device --sizes $flats $threads $(out optimizer)
+        part optimizer 90 "$python" benchmarks/optimizer.py --device $device --sizes $flats $(out optimizer)
         part G14 420 "$python" benchmarks/step.py $G14 --search $G14_sizes --refine --rounds 0 $quick $(out G14) \
             --trainees ours siglip-deepspeed siglip-fsdp2-compiled siglip-deepspeed-torch-adam timm-compiled siglip-ddp-compiled \
             --baseline siglip-deepspeed
@@ -113,7 +113,7 @@ all_parts() {
             --profile 5:2 --set vitds.data.train.num_classes=$G14_classes --set train_batch_size=$micro --set train_micro_batch_size_per_gpu=$micro
         part checkpoint 60 deepspeed --num_gpus 1 benchmarks/checkpoint.py $small --directory "$scratch" $(out checkpoint)
         part loader 40 "$python" benchmarks/loader.py --workers 0 2 --device $device $images $(out loader)
-        part fp8 90 "$python" benchmarks/fp8.py $(out fp8)
+        part fp8 90 "$python" benchmarks/fp8.py $fp8 $(out fp8)
         if [ "$gpus" -gt 1 ]; then
             part ranks 180 "$python" benchmarks/step.py $G14 --ranks $gpus --search $G14_sizes --rounds 0 $quick $(out ranks) \
                 --trainees ours siglip-deepspeed siglip-fsdp2-compiled --baseline siglip-deepspeed

@@ -54,7 +54,7 @@ def ours(run: RunFile, plan: Plan, options: Mapping[str, str]) -> Step:
             loss = engine(to_model_range(images, engine.device), labels=labels.to(engine.device)).loss
             engine.backward(loss)
             losses.append(loss.detach())
-        mean_loss = dist.mean(torch.stack(losses))
+        mean_loss = engine.mean_loss(losses)
         assert engine.step(), "no update: a gradient is not finite"
         return mean_loss
 
