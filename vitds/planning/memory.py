@@ -65,13 +65,14 @@ class Memory:
         return self.peak
 
 
-def memory(workload: Workload, ranks: int) -> Memory:
+def memory(workload: Workload, ranks: int, states: States | None = None) -> Memory:
     """What a rank needs to train and evaluate.
 
     Args:
         ranks: that share the states; each holds as much as the fullest of them.
+        states: of a workload that differs in the micro batch alone, to save time.
     """
-    states, acts, name = States(workload, ranks), activations(workload), "activations"
+    states, acts, name = states or States(workload, ranks), activations(workload), "activations"
     depth, ends = len(acts.blocks), acts.ends
     parts = states.steady()
     parts += [Part(name, kind, size, (LOSS,)) for kind, size in acts.kept(depth).items()]

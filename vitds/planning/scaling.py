@@ -27,7 +27,7 @@ step are taken together, so what one of them cannot hide another may.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vitds.planning.communication import communication
@@ -197,6 +197,17 @@ def seconds(part: Traffic, machine: Machine, across: bool = False) -> float:
     return part.calls * latency + max(inside, outside)
 
 
+def waited_for(times: Mapping[str, float], passes: Mapping[str, float], job: Job, machine: Machine) -> float:
+    """W: seconds of communication that no compute hides.
+
+    Args:
+        times: of communication, in forward, backward and step.
+        passes: seconds of compute that it can hide behind in forward and in backward.
+    """
+    hidden = machine.overlap if job.zero.get("overlap_comm", job.stage == 3) else 0.0
+    return times["step"] + sum(times[name] - min(hidden * times[name], passes[name]) for name in passes)
+
+
 def _cell(
     job: Job, label: str, own: bool, batches: Batches, flops_per_image: float, machine: Machine, gpus: int
 ) -> Forecast:
@@ -209,8 +220,7 @@ def _cell(
     for part in parts:
         across = label == HYBRID and part is parts[-1] and gpus > machine.gpus_per_host
         times[part.when] += seconds(part, machine, across)
-    hidden = machine.overlap if job.zero.get("overlap_comm", job.stage == 3) else 0.0
-    waited = times["step"] + sum(times[name] - min(hidden * times[name], passes[name]) for name in passes)
+    waited = waited_for(times, passes, job, machine)
     step = 3 * forward + waited
     note = "" if micro == batches.micro else f"micro batch {micro}: {batches.micro} does not divide"
     return Forecast(

@@ -50,19 +50,31 @@ class Part:
 
 @dataclass
 class States:
-    """Everything that is no activation, on the rank that holds most."""
+    """Everything that is no activation, on the rank that holds most; the same for any size of micro batch, whether there is
+    one in a step or more."""
 
     workload: Workload
     ranks: int
     flats: list[FlatShare] = field(init=False)
+    sizes: dict[str, int] = field(init=False)
+    names: frozenset[str] = field(init=False)
     buckets: list[list[str]] = field(init=False)
     """Gradients that are reduced together, in the order in which they come."""
+    bucket: int = field(init=False)
+    """B: elements of a bucket."""
+    blocks: dict[str, int] = field(init=False)
+    """The block that a parameter is in."""
 
     def __post_init__(self) -> None:
-        job, sizes = self.job, self.job.sizes
+        job, self.sizes, self.names = self.job, self.job.sizes, self.job.names
+        sizes, names = self.sizes, self.names
         self.flats = flat_shares(job, self.ranks)
-        trained = [name for name in reversed(list(sizes)) if name in job.names]
-        self.buckets = _buckets(trained, sizes, int(job.zero.get("reduce_bucket_size", 5e8)))
+        trained = [name for name in reversed(list(sizes)) if name in names]
+        self.bucket = int(job.zero.get("reduce_bucket_size", 5e8))
+        self.buckets = _buckets(trained, sizes, self.bucket)
+        depth = self.workload.model.depth
+        self.blocks = {name: _block_of(name, depth) for name in sizes}
+        self._known: dict[tuple[int, bool] | None, list[Part]] = {}
 
     @property
     def job(self) -> Job:
@@ -71,11 +83,16 @@ class States:
 
     def steady(self) -> list[Part]:
         """What does not depend on how far a backward pass has come."""
-        return [part for part in self._steady() if part.bytes]
+        if None not in self._known:
+            self._known[None] = [part for part in self._steady() if part.bytes]
+        return list(self._known[None])
 
     def during(self, block: int, in_attention: bool) -> list[Part]:
         """What a backward pass has of gradients while it is in a block's MLP, or its attention: those of all later blocks."""
-        return [part for part in self._during(block, in_attention) if part.bytes]
+        if (block, in_attention) not in self._known:
+            found = [part for part in self._during(block, in_attention) if part.bytes]
+            self._known[block, in_attention] = found
+        return list(self._known[block, in_attention])
 
     def _steady(self) -> Iterator[Part]:
         workload, job, e = self.workload, self.job, self.workload.precision_bytes
@@ -100,7 +117,7 @@ class States:
         elif job.stage == 0:
             yield Part("gradients", "", job.trained * e, (*again, REDUCE, STEP))
             yield Part("gradients", "fp32", job.trained * master if job.half else 0, (STEP,))
-            reduced = _engine_bucket([job.sizes[name] for name in job.sizes if name in job.names])
+            reduced = _engine_bucket([size for name, size in self.sizes.items() if name in self.names])
             yield Part("buckets", "reduced", reduced * (e + (sent if sent != e else 0)), (REDUCE,))
         elif job.stage == 1:
             staged = max(e, sums)
@@ -127,14 +144,14 @@ class States:
 
     def _during(self, block: int, in_attention: bool) -> Iterator[Part]:
         job, e, sums, when = self.job, self.workload.precision_bytes, sum_bytes(self.job), (BACKWARD,)
-        sizes, summed = job.sizes, self.workload.accumulation > 1
-        came = [name for bucket in self.buckets for name in bucket if _block_of(name, self.depth) > block]
+        sizes, summed = self.sizes, self.workload.accumulation > 1
+        came = [name for bucket in self.buckets for name in bucket if self.blocks[name] > block]
         # A bucket goes off when a gradient comes that it has no room for.
         own = f"blocks.{block}." if in_attention else f"blocks.{block}.mlp.fc2"
         gone = [
             bucket
             for bucket, following in zip(self.buckets, self.buckets[1:], strict=False)
-            if _block_of(following[0], self.depth) > block or following[0].startswith(own)
+            if self.blocks[following[0]] > block or following[0].startswith(own)
         ]
         yield Part("gradients", "the largest on its way", e * self._largest, when)
         if job.stage == 0:
@@ -159,7 +176,7 @@ class States:
             yield Part("buckets", "reduced", self._scattered() if gone else 0, when)
 
     def _weights(self) -> Iterator[Part]:
-        job, e, sizes = self.job, self.workload.precision_bytes, self.job.sizes
+        job, e, sizes = self.job, self.workload.precision_bytes, self.sizes
         if job.stage < 3:
             padding = sum(flat.elements for flat in self.flats) - job.trained if job.stage else 0
             yield Part("weights", "", (sum(sizes.values()) + padding) * e)
@@ -184,16 +201,6 @@ class States:
         """S: elements that a rank steps."""
         return sum(flat.share for flat in self.flats)
 
-    @property
-    def bucket(self) -> int:
-        """B: elements of a bucket."""
-        return int(self.job.zero.get("reduce_bucket_size", 5e8))
-
-    @property
-    def depth(self) -> int:
-        """Blocks."""
-        return self.workload.model.depth
-
     def _buffer(self, e: int) -> int:
         if not self.job.zero.get("contiguous_gradients", True):
             return 0
@@ -202,7 +209,7 @@ class States:
     @property
     def _fullest(self) -> int:
         """R: elements of the fullest bucket; a gradient that is larger than a bucket is alone in one."""
-        sizes = self.job.sizes
+        sizes = self.sizes
         return max((sum(sizes[name] for name in names) for names in self.buckets), default=0)
 
     def _reduced(self, e: int) -> int:
@@ -217,16 +224,15 @@ class States:
 
     @property
     def _largest(self) -> int:
-        sizes = self.job.sizes
-        return max((sizes[name] for name in self.job.names), default=0)
+        return max((self.sizes[name] for name in self.names), default=0)
 
     def _largest_of_groups(self) -> list[int]:
         return [max(flat.share for flat in self.flats if flat.names[0] in group) for group in self.job.groups if group]
 
     def _large(self, block: int) -> int:
         """Elements of gradients that fit no bucket; those that the rank steps a part of stay until the backward pass ends."""
-        sizes = self.job.sizes
-        names = [name for name in self.job.names if sizes[name] > self.bucket and _block_of(name, self.depth) > block]
+        sizes = self.sizes
+        names = [name for name in self.names if sizes[name] > self.bucket and self.blocks[name] > block]
         return min(sum(sizes[name] for name in names), self.share + self._largest)
 
 
