@@ -102,7 +102,7 @@ def workload():
 @pytest.mark.parametrize(
     ("memory", "micro", "policy"),
     [(10 + 7 * 3, 0, "full"), (10 + 8 * 3, 8, "full"), (10 + 8 * 5, 8, "selective"), (10 + 8 * 9 - 1, 8, "selective"),
-     (10 + 8 * 9, 8, "none"), (10 + 39 * 9, 32, "none"), (10**6, 64, "none")],
+     (10 + 8 * 9, 8, "none"), (10 + 40 * 9 - 1, 32, "none"), (10 + 40 * 9, 40, "none"), (10**6, 64, "none")],
 )  # fmt: skip
 def test_the_largest_micro_batch_with_the_least_recomputation(workload, memory, micro, policy):
     limits = Limits(memory, least=8, most=64, images=64)
