@@ -39,8 +39,8 @@ def watched() -> None:
     steps: list[float] = []
     away: list[float] = []
 
+    import vitds.arguments
     import vitds.checkpoint.state
-    import vitds.cli
     import vitds.data
     import vitds.evaluation
     import vitds.zero
@@ -79,7 +79,7 @@ def watched() -> None:
         spent = [steps[0], steps[-1], len(steps)] if steps else None
         Path(os.environ[FILE]).write_text(json.dumps({"marks": marks, "steps": spent, "away": sum(away)}))
 
-    watch(vitds.cli, "training_arguments", before="imports")
+    watch(vitds.arguments, "training_arguments", before="imports")
     watch(vitds.zero, "init_distributed", then=ends("group"))
     watch(vitds.zero.TrainingEngine, "__init__", then=ends("engine"))
     watch(vitds.data.TrainLoader, "__next__", then=ends("data"))

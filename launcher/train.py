@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from vitds import dist
+from vitds.arguments import training_arguments
 from vitds.checkpoint.state import Progress, RunState
-from vitds.cli import training_arguments
 from vitds.cluster.preflight import preflight
 from vitds.cluster.watch import Stragglers, Watch
 from vitds.config import Plan, RunFile, load_run_file, prepare
@@ -34,7 +34,7 @@ def main() -> None:
             options = training_arguments(__doc__)
             with refusals_shared():  # whatever the user got wrong shows here, before any process group
                 run = load_run_file(options.config, options.set, world_size=dist.world_size())
-                plan = prepare(run)
+                plan = prepare(run, forecast=not options.ignore_forecast)
             with Watch(run.vitds.cluster, options.output_dir) as watch:
                 init_distributed()
                 with dist.together(lambda: RunDirectory(options.output_dir)) as directory:

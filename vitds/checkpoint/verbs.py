@@ -11,7 +11,7 @@ from vitds.checkpoint.integrity import checkpoint_homes, is_checkpoint, listing,
 from vitds.errors import UserError
 
 
-def add_verbs(verbs: Any) -> None:
+def add_verb(verbs: Any) -> None:
     """Add `checkpoint` and what may follow it to the parser's verbs."""
     checkpoint = verbs.add_parser("checkpoint", help="list, verify or compare checkpoints")
     actions = checkpoint.add_subparsers(dest="action", required=True)
@@ -33,7 +33,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what `add_verbs` has parsed; the exit code.
+    """Do what `add_verb` has parsed; the exit code.
 
     Raises:
         UserError: a path that holds nothing of the kind, a checkpoint that cannot be compared.

@@ -18,7 +18,7 @@ VERBS = {"index": index, "bench": bench, "pack": pack, "stats": stats, "dedup": 
 """Each has a first line of its docstring that says what it does, `add_arguments(parser)` and `run(options, load)`."""
 
 
-def add_verbs(verbs: Any) -> None:
+def add_verb(verbs: Any) -> None:
     """Add `data` and what may follow it to the parser's verbs."""
     data = verbs.add_parser("data", help="make, index, measure and clean sets of images")
     actions = data.add_subparsers(dest="action", required=True)
@@ -28,7 +28,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
-    """Do what `add_verbs` has parsed; the exit code: 1 also where storage fails, 130 where the user ends it.
+    """Do what `add_verb` has parsed; the exit code: 1 also where storage fails, 130 where the user ends it.
 
     Args:
         load: vitds.config.load_run_file, which lives on a higher floor.
