@@ -1,4 +1,4 @@
-"""`vitds plan scale`: the forecast of a run file on many GPUs, and the bytes behind it."""
+"""`vitds plan`, of which `plan scale` is here: the forecast of a run file on many GPUs, and the bytes behind it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from vitds.json_files import finite
 from vitds.models import ViTForImageClassification, build_config, flops_per_image
 from vitds.optim.groups import build_groups
+from vitds.planning import plan_verb
 from vitds.planning.job import Job, Traffic
 from vitds.planning.scaling import HYBRID, Batches, Forecast, Machine, forecast, own_label, traffic, variants, why_not
 
@@ -27,8 +28,9 @@ VOLUMES = ("GPUs", "ZeRO", "micro × acc", "what", "when", "collective", "ranks"
 def add_verb(verbs: Any) -> None:
     """Add `plan` and what may follow it to the parser's verbs."""
     machine = Machine()
-    plan = verbs.add_parser("plan", help="work out what a run would need, without any GPU")
-    scale = plan.add_subparsers(dest="action", required=True).add_parser(
+    plan = verbs.add_parser("plan", help="work out whether a run fits, what would make it fit, and how long it takes")
+    plan_verb.add_options(plan)
+    scale = plan.add_subparsers(dest="action", metavar="scale").add_parser(
         "scale", help="forecast step time, images/s and efficiency of a run file on many GPUs, for given links"
     )
     scale.add_argument("--config", required=True, help="run file")
@@ -62,6 +64,8 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     Raises:
         UserError: a run file that cannot be loaded.
     """
+    if options.action is None:
+        return plan_verb.run(options, load)
     job, batches, flops = read(options.config, options.set, load)
     machine = Machine(
         options.gpus_per_host, options.peak_tflops * 1e12, options.mfu, options.intra_gb_per_s * 1e9,

@@ -73,16 +73,20 @@ class Workload:
         return replace(self, job=replace(self.job, optimizer={"type": name, "params": params}))
 
 
-def workload_of(run_file: Any, device: str = "cuda") -> Workload:
-    """A loaded run file's (vitds.config.RunFile, which lives on a higher floor), with its own number of ranks."""
+def workload_of(run_file: Any, device: str = "cuda", vit: ViTForImageClassification | None = None) -> Workload:
+    """A loaded run file's (vitds.config.RunFile, which lives on a higher floor), with its own number of ranks.
+
+    Args:
+        vit: its model on the meta device, where there is one already.
+    """
     part = run_file.vitds
+    config = build_config(part.model) if vit is None else vit.config
     job = job_of(
-        build_config(part.model), run_file.optimizer, run_file.deepspeed, policy=part.train.activation_checkpointing,
-        rates=run_file.rates, overrides=part.groups,
+        config, run_file.optimizer, run_file.deepspeed, policy=part.train.activation_checkpointing,
+        rates=run_file.rates, overrides=part.groups, vit=vit,
     )  # fmt: skip
     return Workload(
-        job, build_config(part.model), run_file.micro_batch, run_file.accumulation, part.train.compile,
-        part.ema.decay is not None, device,
+        job, config, run_file.micro_batch, run_file.accumulation, part.train.compile, part.ema.decay is not None, device,
     )  # fmt: skip
 
 
@@ -116,6 +120,7 @@ def job_of(
     policy: str = "none",
     rates: Mapping[str, Any] | None = None,
     overrides: Sequence[Any] = (),
+    vit: ViTForImageClassification | None = None,
 ) -> Job:
     """What of a model and its settings the ranks share; the groups are those that the engine makes.
 
@@ -123,8 +128,9 @@ def job_of(
         rates: lr, weight_decay and head_weight_decay; they make no difference here but for a group that a rate makes.
         overrides: `vitds.groups` of the run file.
     """
-    with torch.device("meta"):
-        vit = ViTForImageClassification(model)
+    if vit is None:
+        with torch.device("meta"):
+            vit = ViTForImageClassification(model)
     given = rates or {"lr": 1.0, "weight_decay": 0.03, "head_weight_decay": 3.0}
     groups = build_groups(vit.shapes, **given, decay_patterns=vit.decay_patterns(), overrides=overrides)
     names = tuple(group.names for group in groups if not group.frozen)
