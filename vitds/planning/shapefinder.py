@@ -23,8 +23,8 @@ from vitds.models import Shape, flops_per_image, parameter_count
 from vitds.models.shapes import variant_name
 from vitds.planning.devices import Device
 from vitds.planning.memory import memory
+from vitds.planning.optimizer_state import state_bytes
 from vitds.planning.speed import step_time
-from vitds.planning.states import state_bytes
 from vitds.planning.workload import Workload
 
 OPTIMIZERS = {
