@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vitds import dist
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
 from vitds.cluster.section import ClusterSection, check_world_size
@@ -22,13 +23,16 @@ from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
 from vitds.metrics import MonitorSections, monitor_sections
 from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config, check_compile_mode
-from vitds.optim import check_optimizer
+from vitds.optim import OPTIMIZERS, LayoutOptimizer, check_optimizer
 from vitds.optim.groups import Group, build_groups
+from vitds.planning.refusal import refuse_what_cannot_fit, room_here
+from vitds.planning.workload import workload_of
 from vitds.schedules import Schedule, SchedulerSection, build_schedule
 from vitds.sections import key, parse, to_json, typed
 from vitds.train_section import TrainSection
+from vitds.zero.buckets import fit_buckets
 from vitds.zero.engine import OWN_NAMES, client_optimizer, other_optimizer_names, precision, zero_stage
-from vitds.zero.section import check_deepspeed_section
+from vitds.zero.section import bf16_masters, check_deepspeed_section
 
 DEFAULT_OPTIMIZER = {
     "type": "ModifiedAdafactor",
@@ -158,12 +162,15 @@ class Plan(NamedTuple):
     """By role, what tells these images from others."""
 
 
-def prepare(run: RunFile) -> Plan:
+def prepare(run: RunFile, *, forecast: bool = False) -> Plan:
     """Sources, lengths, model and parameter groups; whatever else can be wrong with a run file shows here.
+
+    Args:
+        forecast: whether this job's ranks can hold it is looked at, too.
 
     Raises:
         UserError: data that is not there, a schedule that does not fit, a pattern that matches nothing, an optimizer
-            that ZeRO would change.
+            that ZeRO would change, a run that plainly needs more memory than there is.
     """
     part = run.vitds
     sources = build_sources(part.data, part.model.num_classes)
@@ -177,6 +184,9 @@ def prepare(run: RunFile) -> Plan:
     lengths = run.lengths(len(sources[0]))
     if part.guard.spike == "rollback" and lengths.save == 0:
         raise UserError("vitds.checkpoint.every_steps: 0 leaves a rollback (vitds.guard.spike) nothing to go back to")
+    if forecast:
+        kind, memory_bytes, whose = room_here()
+        refuse_what_cannot_fit(workload_of(run, kind, model), dist.world_size(), memory_bytes, whose)
     processor = VitdsImageProcessor(part.model.image_size, part.data.eval_edge(part.model.image_size))
     return Plan(sources, lengths, groups, model, processor, images_of(*sources))
 
@@ -263,6 +273,11 @@ def _resolve(path: str, given: dict[str, Any], world_size: int | None) -> RunFil
             f"{accumulation}; leave it out, it follows from train_batch_size and the number of ranks"
         )
     _resolve_accumulation_dtype(deepspeed)
+    if bf16_masters(deepspeed):
+        _check_bf16_masters(optimizer["type"], section)
+    with torch.device("meta"):
+        model = ViTForImageClassification(build_config(section.model))
+    fit_buckets(deepspeed["zero_optimization"], [parameter.numel() for parameter in model.parameters()])
     deepspeed |= {"train_batch_size": global_batch, "train_micro_batch_size_per_gpu": micro}
     deepspeed.pop("gradient_accumulation_steps", None)
     resolved = {
@@ -279,6 +294,20 @@ def _fixed_world_size(given: dict[str, Any]) -> int:
     words = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     sizes = [size for word in words if isinstance(size := given.get(word), int) and size > 0]
     return max(1, sizes[0] // (sizes[1] * sizes[2])) if len(sizes) == 3 else 1
+
+
+def _check_bf16_masters(optimizer: str, section: VitdsSection) -> None:
+    """bf16 masters are rounded stochastically, which other optimizers do not do."""
+    if not issubclass(OPTIMIZERS.get(optimizer, object), LayoutOptimizer):
+        ours = ", ".join(name for name, cls in OPTIMIZERS.items() if issubclass(cls, LayoutOptimizer))
+        raise UserError(
+            f"bf16.bf16_master_weights_and_grads: {optimizer} rounds to nearest, which loses updates smaller than half a bit; "
+            f"these round stochastically: {ours}"
+        )
+    if section.ema.decay is not None:
+        raise UserError(
+            "vitds.ema.decay: not with bf16.bf16_master_weights_and_grads; the average is fp32 as its masters are"
+        )
 
 
 def _resolve_accumulation_dtype(deepspeed: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from vitds.optim.groups import FLAT_ELEMENTS
 
 FP32: dict[str, Any] = {}
 BF16 = {"bf16": {"enabled": True}}
+BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}}
 FP32_SUM = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 BF16_SUM = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp32"}
@@ -44,6 +45,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "bf16 z2 overlapping": _cell(BF16, FP32_SUM, 2, overlap_comm=True),
     "bf16 z3": _cell(BF16, FP32_SUM, 3, stage3_param_persistence_threshold=0),
     "bf16 z3 tiny sub-groups": _cell(BF16, FP32_SUM, 3, sub_group_size=500),
+    "masters z1": _cell(BF16_MASTERS, BF16_SUM, 1),
+    "masters z2": _cell(BF16_MASTERS, FP32_SUM, 2),
+    "masters z3": _cell(BF16_MASTERS, FP32_SUM, 3, stage3_param_persistence_threshold=0),
     "fp16 z0": _cell(FP16, FP16_SUM, 0),
     "fp16 z1": _cell(FP16, FP32_SUM, 1),
     "fp16 z2": _cell(FP16, FP32_SUM, 2),

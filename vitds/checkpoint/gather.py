@@ -101,7 +101,7 @@ def agree_on_plan(rows: Rows, bucket_bytes: int, file_bytes: int, min_file_bytes
 
     Raises:
         RuntimeError: on all ranks, naming the tensor: an element that no rank or more than one holds, ranks that
-            disagree on a shape or dtype, weights that are not fp32, a dtype that checkpoints do not know.
+            disagree on a shape or dtype, weights that are neither fp32 nor bf16, a dtype that checkpoints do not know.
     """
     known: list[Name] = dist.broadcast_object(list(dict.fromkeys(rows.names)))
     heard = set(known)
@@ -137,8 +137,8 @@ def _numbered(lists: list[list[Name]]) -> dict[Name, int]:
                 )
             if spec.dtype not in DTYPE_NAMES:
                 raise RuntimeError(f"tensor {spec.name!r}: checkpoints do not hold {spec.dtype}")
-            if kind != OPTIMIZER and spec.dtype != torch.float32:
-                raise RuntimeError(f"tensor {spec.name!r}: weights are saved as fp32, not {spec.dtype}")
+            if kind != OPTIMIZER and spec.dtype not in (torch.float32, torch.bfloat16):
+                raise RuntimeError(f"tensor {spec.name!r}: weights are saved as fp32 or bf16, not {spec.dtype}")
             if ({MODEL: OPTIMIZER, OPTIMIZER: MODEL}.get(kind), spec.name) in first:
                 raise RuntimeError(f"tensor {spec.name!r} is both a weight and a state")
             numbers.setdefault((kind, spec), len(numbers))

@@ -178,7 +178,7 @@ class TrainingEngine:
         return torch.device(self.deepspeed.device)
 
     def master_shards(self) -> list[Shard]:
-        """This rank's part of the fp32 weights, as live views; call `refresh_weights` after writing."""
+        """This rank's part of the masters, fp32 or bf16, as live views; call `refresh_weights` after writing."""
         return self.partitions.master_shards()
 
     def state_shards(self, *, to_fill: bool = False) -> list[Shard]:

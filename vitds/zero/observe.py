@@ -32,7 +32,7 @@ class Norms:
 def observed(engine: TrainingEngine, due: bool = True) -> Iterator[dict[str, Norms]]:
     """While open and if it is due, an optimizer step fills the yielded dict, parameter name → `Norms`, when the block is left. Collective.
 
-    Gradients are as they were before clipping; the update is what was added to the fp32 master, decay included.
+    Gradients are as they were before clipping; the update is what was added to the master, decay included.
     """
     if not due:
         yield {}
@@ -60,9 +60,9 @@ def observed(engine: TrainingEngine, due: bool = True) -> Iterator[dict[str, Nor
         for flat in stepped(optimizer):
             old = before.pop(id(flat.tensor))
             for f in flat.fragments:
-                new = f.of(flat.tensor.detach())
+                new = f.of(flat.tensor.detach()).float()
                 sums[f.name][1] = _square_sum(new)
-                sums[f.name][2] = _square_sum(new - f.of(old).to(new.device))
+                sums[f.name][2] = _square_sum(new - f.of(old).to(new.device).float())
 
     hooks = [
         engine.optimizer.register_step_pre_hook(look_before),

@@ -61,7 +61,7 @@ class Partitions:
         self._assert_tiling()
 
     def master_shards(self) -> list[Shard]:
-        """This rank's part of every fp32 master weight, frozen parameters included, as live views."""
+        """This rank's part of every master weight, frozen parameters (always fp32) included, as live views."""
         return [
             Shard(
                 fragment.name,

@@ -132,10 +132,11 @@ def check_deepspeed_section(section: dict[str, Any], *, free_form: tuple[str, ..
                 f"{precision}.check_grad_overflow: cannot be switched off; gradients that are not finite would be applied"
             )
         for word, value in section.get(precision, {}).items():
-            if word.endswith(("_master_weights_and_grads", "_optimizer_states")) and value:
+            if word in ("fp16_master_weights_and_grads", "fp16_optimizer_states") and value:
                 raise UserError(
                     f"{precision}.{word}: not supported; the masters are fp32, the momentum is already bf16"
                 )
+    _check_bf16_masters(section)
     # Without a process group DeepSpeed takes the world size for 1; vitds.config does the batch arithmetic instead.
     batch = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     asked = _Asked({**section, **batch})
@@ -152,6 +153,39 @@ def check_deepspeed_section(section: dict[str, Any], *, free_form: tuple[str, ..
     for path, word, known in asked.unread():
         if path not in free_form:
             raise UserError(f"{path}{word}: DeepSpeed never reads such a key{nearest(word, known)}")
+
+
+def bf16_masters(section: dict[str, Any]) -> bool:
+    """Whether the masters are bf16, to be rounded stochastically."""
+    return bool(section.get("bf16", {}).get(MASTERS_WORDS[0]))
+
+
+MASTERS_WORDS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+
+
+def _check_bf16_masters(section: dict[str, Any]) -> None:
+    """Both words or neither, and only where DeepSpeed heeds them.
+
+    Raises:
+        UserError: naming the word that is missing or in the way.
+    """
+    given = section.get("bf16", {})
+    said = [typed(given.get(word, False), bool, f"bf16.{word}") for word in MASTERS_WORDS]
+    if not any(said):
+        return
+    if not all(said):
+        missing = MASTERS_WORDS[said.index(False)]
+        raise UserError(f"bf16.{missing}: must be true where bf16.{MASTERS_WORDS[said.index(True)]} is")
+    if not given.get("enabled"):
+        raise UserError(f"bf16.{MASTERS_WORDS[0]}: bf16.enabled is not true")
+    stage = section.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0:
+        raise UserError(f"bf16.{MASTERS_WORDS[0]}: not at ZeRO-0; set zero_optimization.stage to 2 (legal on one GPU)")
+    if stage == 1 and section.get("data_types", {}).get("grad_accum_dtype") != "bf16":
+        raise UserError(
+            f"bf16.{MASTERS_WORDS[0]}: at ZeRO-1 DeepSpeed sums fp32 gradients in a wrapper that keeps fp32 masters; set "
+            "zero_optimization.stage to 2, or data_types.grad_accum_dtype to bf16"
+        )
 
 
 def _say(error: pydantic.ValidationError, section: dict[str, Any]) -> str:
