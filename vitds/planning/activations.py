@@ -11,8 +11,8 @@ A block keeps, in numbers of e bytes a token (vitds.models.layers has the operat
 so 8D + 2M, compiled or not: of the compiled block other tensors are kept, equally large ones. Recomputed, it keeps
 
     full        D  its input
-    selective   D  its input, 3D + D of attention and M of fc1, and not compiled also 2D: the results of proj and of fc2,
-                which torch keeps because they are products, although nothing needs them;
+    selective   D  its input, 3D + D of attention and M of fc1, D of proj, and not compiled D of fc2, whose results
+                torch keeps because they are products;
                 at ZeRO-3, whose products are DeepSpeed's own, D and D of attention's result alone
 
 and the rest of it is back while its backward pass runs. On CPUs in 16 bits attention works on fp32 copies of q, k and v.
@@ -79,7 +79,7 @@ def _block(workload: Workload, policy: str) -> dict[str, int]:
         result = (4 if wide else e) * width + sums
         if workload.job.stage == 3:  # DeepSpeed's own linear there is none of the products that are kept
             return {"residual": tokens * e * width, "attention": tokens * result}
-        unneeded = 0 if workload.compiled else 2
+        unneeded = 1 if workload.compiled else 2
         return {
             "residual": tokens * e * width,
             "attention": tokens * (3 * e * width + result),
