@@ -81,7 +81,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140, help="settings that would begin later are left out")
     options = parser.parse_args()
     with TemporaryDirectory() as place:
-        table = compare("memory", list(candidates(options, Path(place) / "run.json")), rounds=1, warmup=0, columns=COLUMNS, say=print)
+        table = compare(
+            "memory",
+            list(candidates(options, Path(place) / "run.json")),
+            rounds=1,
+            warmup=0,
+            columns=COLUMNS,
+            say=print,
+        )
         report([table], options.json)
 
 
