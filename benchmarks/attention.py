@@ -18,7 +18,7 @@ from runner import MILLISECONDS, Candidate, Column, Table, compare, report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KERNELS = {
-    "auto": None,
+    "default": None,
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -62,7 +62,7 @@ def table_of(text: str, dtype: torch.dtype, device: str, rounds: int, repeat: in
             for _ in range(repeat):
                 turn()
 
-        return Candidate(name, run, "auto" if name != "auto" else None, {"flops": flops, "passes": repeat})
+        return Candidate(name, run, "default" if name != "default" else None, {"flops": flops, "passes": repeat})
 
     title = f"attention, {batch} images, {tokens} tokens, {heads} heads of {width}, {str(dtype).removeprefix('torch.')}"
     columns = (Column("passes/s", "passes/s", ".1f"), MILLISECONDS, Column("flops/s", "TFLOP/s", ".2f", 1e-12))

@@ -25,7 +25,9 @@ class TrainSection:
         choices=COMPILE_MODES,
     )
     attention: str = key(
-        "auto", "Kernel of attention, or an error where it cannot run; auto is torch's own order.", choices=ATTENTION
+        "default",
+        "Kernel of attention, or an error where it cannot run; default is torch's own order.",
+        choices=ATTENTION,
     )
     tf32: bool = key(True, "Let fp32 matrix products use TF32 on GPUs that have it.")
     log_every: Duration = key(Duration(50), "Interval of metrics rows and progress lines.")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from vitds import dist
 from vitds.config import load_run_file, prepare
 from vitds.data import to_model_range
 from vitds.errors import UserError
@@ -53,7 +52,7 @@ def measure(path: str, steps: int, overrides: list[str]) -> dict[str, float | in
             losses.append(loss.detach())
             if micro + 1 < run.accumulation:
                 engine.step()
-        dist.mean(torch.stack(losses))
+        engine.mean_loss(losses)
         engine.step()
         if step == 0 or step == steps:
             if engine.device.type == "cuda":

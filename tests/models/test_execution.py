@@ -38,7 +38,7 @@ class Names(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def torchs_own_order() -> Iterator[None]:
     yield
-    choose_attention("auto", 8, torch.float32, CPU)
+    choose_attention("default", 8, torch.float32, CPU)
     torch._dynamo.reset()
 
 
@@ -50,12 +50,12 @@ def switches() -> list[bool]:
 
 def test_the_kernel_named_is_the_one_that_runs() -> None:
     model, images, found = scrambled(small("map")), pictures(), {}
-    for kernel in ("auto", "flash", "math"):
+    for kernel in ("default", "flash", "math"):
         execute_as(TrainSection(attention=kernel), model, CPU)
         with Names() as names:
             found[kernel] = model(images).logits.detach()
         assert (FLASH in names.calls) == (kernel != "math")
-    assert torch.equal(found["auto"], found["flash"])
+    assert torch.equal(found["default"], found["flash"])
     torch.testing.assert_close(found["math"], found["flash"])
 
 
@@ -63,7 +63,7 @@ def test_the_kernel_named_is_the_one_that_runs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_cannot_run_here_is_refused_and_says_which_can(kernel: str, dtype: torch.dtype) -> None:
     with pytest.raises(
-        UserError, match=rf"attention: '{kernel}' cannot run here, on cpu in .*these can: auto, flash, math"
+        UserError, match=rf"attention: '{kernel}' cannot run here, on cpu in .*these can: default, flash, math"
     ):
         choose_attention(kernel, 104, dtype, CPU)
     assert switches() == [True] * len(KERNELS)

@@ -13,7 +13,7 @@ from vitds.errors import UserError
 from vitds.models.vit import ViTForImageClassification
 
 KERNELS = ("flash", "cudnn", "efficient", "math")
-ATTENTION = ("auto", *KERNELS)
+ATTENTION = ("default", *KERNELS)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 
@@ -70,12 +70,12 @@ def execute_as(settings: ExecutionSettings, model: ViTForImageClassification, de
 
 
 def choose_attention(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Let torch's attention use this kernel alone, here and in all that is compiled later; "auto" leaves torch its order.
+    """Let torch's attention use this kernel alone, here and in all that is compiled later; "default" leaves torch its order.
 
     Raises:
         UserError: the kernel cannot do one small forward and backward pass here; the message says which ones can.
     """
-    if kernel == "auto":
+    if kernel == "default":
         return _allow(*KERNELS)
     failures = {name: _failure(name, head_dim, dtype, device) for name in KERNELS}
     if failures[kernel] is not None:
@@ -83,7 +83,7 @@ def choose_attention(kernel: str, head_dim: int, dtype: torch.dtype, device: tor
         precision = str(dtype).removeprefix("torch.")
         raise UserError(
             f"vitds.train.attention: {kernel!r} cannot run here, on {device.type} in {precision} with heads {head_dim} wide: "
-            f"{failures[kernel]}; these can: {', '.join(['auto', *able])}"
+            f"{failures[kernel]}; these can: {', '.join(['default', *able])}"
         )
     _allow(kernel)
 

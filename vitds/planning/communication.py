@@ -72,7 +72,7 @@ def _stages_0_to_2(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
             trained = [name for group in job.groups for name in group]
         else:  # each as soon as it is ready, the last layers' first
             trained.reverse()
-        buckets = _buckets(trained, sizes, bucket)
+        buckets = buckets_of(trained, sizes, bucket)
         calls = len(buckets)
         if job.zero.get("reduce_scatter", True) and not job.zero.get("use_multi_rank_bucket_allreduce", True):
             kind = "reduce"
@@ -95,7 +95,7 @@ def _stage_3(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
         int(zero.get("stage3_max_live_parameters", 1e9)),
         int(zero.get("stage3_max_reuse_distance", 1e9)),
     )
-    persistent = _persistent(job)
+    persistent = persistent_of(job)
     parts, copied = list[Traffic](), set[str]()
     wide: dict[tuple[str, int], list[int]] = {}
     for batch in gathers(sizes, persistent, settings, job.policy, micro_batches):
@@ -118,7 +118,7 @@ def _stage_3(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     whole = not zero.get("reduce_scatter", True) and zero.get("contiguous_gradients", True)
     trained = [name for name in reversed(list(sizes)) if name in job.names]
-    for names in _buckets(trained, sizes, bucket):
+    for names in buckets_of(trained, sizes, bucket):
         alike = whole and sum(sizes[name] for name in names) <= bucket
         elements = sum((sizes if alike else padded)[name] for name in names)
         payload = micro_batches * elements * job.gradient_bytes
@@ -127,7 +127,7 @@ def _stage_3(job: Job, ranks: int, micro_batches: int) -> list[Traffic]:
     return parts
 
 
-def _persistent(job: Job) -> frozenset[str]:
+def persistent_of(job: Job) -> frozenset[str]:
     """Parameters small enough to stay whole, as long as all of them together are below their limit."""
     each = int(job.zero.get("stage3_param_persistence_threshold", 1e5))
     together, names, total = int(job.zero.get("stage3_model_persistence_threshold", NO_LIMIT)), set[str](), 0
@@ -162,7 +162,7 @@ def _padded(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 
-def _buckets(names: Sequence[str], sizes: Mapping[str, int], bucket: int) -> list[list[str]]:
+def buckets_of(names: Sequence[str], sizes: Mapping[str, int], bucket: int) -> list[list[str]]:
     """The gradients that are reduced together, taken in the order in which they are ready; a bucket that the next one would
     overflow goes off first."""
     found, filled = list[list[str]](), 0

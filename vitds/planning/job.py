@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from vitds.optim.groups import FLAT_ELEMENTS, flats_of
@@ -113,12 +114,12 @@ class Job:
         sums = str(self.section.get("data_types", {}).get("grad_accum_dtype") or "")
         return self.stage == 1 and bool(self.section.get("bf16", {}).get("enabled")) and BYTES.get(sums, 0) == 4
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Elements of every parameter."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """The parameters that are trained."""
         return frozenset(name for group in self.groups for name in group)

@@ -25,7 +25,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from vitds.planning.communication import ENGINE_BUCKET, _buckets, _persistent
+from vitds.planning.communication import ENGINE_BUCKET, buckets_of, persistent_of
 from vitds.planning.gathers import Settings, most_whole
 from vitds.planning.job import Job
 from vitds.planning.optimizer_state import scratch_bytes, state_bytes
@@ -71,7 +71,7 @@ class States:
         self.flats = flat_shares(job, self.ranks)
         trained = [name for name in reversed(list(sizes)) if name in names]
         self.bucket = int(job.zero.get("reduce_bucket_size", 5e8))
-        self.buckets = _buckets(trained, sizes, self.bucket)
+        self.buckets = buckets_of(trained, sizes, self.bucket)
         depth = self.workload.model.depth
         self.blocks = {name: _block_of(name, depth) for name in sizes}
         self._known: dict[tuple[int, bool] | None, list[Part]] = {}
@@ -185,7 +185,7 @@ class States:
         if job.hpz > 1:
             yield Part("weights", "second copy (hpZ)", e * sum(math.ceil(size / job.hpz) for size in sizes.values()))
         if self.ranks > 1:
-            persistent, zero = _persistent(job), job.zero
+            persistent, zero = persistent_of(job), job.zero
             settings = Settings(
                 int(zero.get("stage3_prefetch_bucket_size", 5e7)),
                 int(zero.get("stage3_max_live_parameters", 1e9)),
