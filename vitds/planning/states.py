@@ -213,9 +213,9 @@ class States:
         return max((sum(sizes[name] for name in names) for names in self.buckets), default=0)
 
     def _reduced(self, e: int) -> int:
-        """A bucket in one piece, as it is sent, and its largest gradient as it is added up."""
-        sent, sums = self.job.gradient_bytes, sum_bytes(self.job)
-        return self._fullest * (e + (sent if sent != e else 0)) + (self._largest * sums if sums != sent else 0)
+        """A bucket in one piece, and as it is sent."""
+        sent = self.job.gradient_bytes
+        return self._fullest * (e + (sent if sent != e else 0))
 
     def _scattered(self) -> int:
         """A bucket as it is sent, and a rank's part of it as it is added up."""
