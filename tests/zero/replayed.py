@@ -46,10 +46,16 @@ RUNS = {
     "fp32 z3 compiled selective": Run("fp32 z3", policy="selective", compiled=True),
     "bf16 z0 DeepSpeed Adam": Run("bf16 z0", TORCH_ADAM),
     "bf16 z3 DeepSpeed Adam": Run("bf16 z3", TORCH_ADAM),
+    "bf16 z2 norm not asked": Run("bf16 z2 norm not asked"),
 }  # fmt: skip
+CELLS["bf16 z2 norm not asked"] = {
+    **CELLS["bf16 z2"],
+    "gradient_clipping": 0.0,
+    "zero_optimization": {**CELLS["bf16 z2"]["zero_optimization"], "compute_grad_norm": False},
+}
 ALWAYS = (
     "fp32 z0", "fp32 z2", "fp32 z3", "bf16 z0", "bf16 z1 fp32 sums", "bf16 z3", "fp32 z3 full", "fp32 z2 compiled full",
-    "bf16 z3 DeepSpeed Adam",
+    "bf16 z3 DeepSpeed Adam", "bf16 z2 norm not asked",
 )  # fmt: skip
 """What `make test` tries; `make torture` tries all."""
 

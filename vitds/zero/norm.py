@@ -36,7 +36,8 @@ class GradientNorm:
         if isinstance(wrapper, BF16_Optimizer):
             wrapper.step = self._step_whole_gradients
         else:
-            wrapper.check_overflow = lambda *_, **__: None  # the norm says it
+            wrapper.check_overflow = lambda *_, **__: None  # the norm says it,
+            wrapper.compute_grad_norm = True  # so it is asked for, whatever zero_optimization.compute_grad_norm says
         if isinstance(wrapper, DeepSpeedZeroOptimizer):
             wrapper.scaled_global_norm = lambda *_, **__: self._take()
             wrapper.unscale_and_clip_grads = self._scale
