@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.launching import ROOT, TRAINER, ranks, train_alone, words
 from vitds.cli import main
@@ -15,6 +17,7 @@ from vitds.errors import UserError
 from vitds.planning.changes import Place, largest_micro_batch
 from vitds.planning.devices import GIB, device
 from vitds.planning.memory import memory
+from vitds.planning.refusal import refuse_what_cannot_fit, room_here
 from vitds.planning.speed import step_time
 from vitds.planning.workload import Workload, workload_of
 
@@ -137,6 +140,32 @@ def huge(tmp_path: Path) -> Path:
     path = tmp_path / "huge.json"
     path.write_text(json.dumps(given))
     return path
+
+
+def test_a_rank_is_judged_by_the_device_that_it_computes_on(monkeypatch: pytest.MonkeyPatch):
+    """Not by a GPU that DS_ACCELERATOR=cpu leaves alone, nor by a smaller one that is another rank's or nobody's."""
+    memories = [2 * GIB, 80 * GIB]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memories))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda at: SimpleNamespace(total_memory=memories[torch.device(at).index])
+    )
+    assert room_here()[0] == "cpu"
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert room_here()[:2] == ("cuda", 80 * GIB)
+
+
+def test_a_bucket_larger_than_the_model_is_no_reason_to_refuse_on_a_cpu():
+    """DeepSpeed's own size, twice: pages that nothing is written to take no memory of a host."""
+    run = load_run_file(
+        str(ROOT / "ds_configs" / "digits.json"),
+        ["zero_optimization.reduce_bucket_size=500000000", "zero_optimization.overlap_comm=true"],
+        world_size=8,
+    )
+    refuse_what_cannot_fit(workload_of(run, "cpu"), 8, GIB // 4, "this host")
+    with pytest.raises(UserError, match="buckets: buffer"):
+        refuse_what_cannot_fit(workload_of(run, "cuda"), 8, GIB // 4, "the GPU")
 
 
 def test_the_trainer_refuses_what_cannot_fit(tmp_path: Path):

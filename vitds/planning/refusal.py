@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 
 import torch
 
@@ -29,7 +30,7 @@ def refuse_what_cannot_fit(workload: Workload, ranks: int, memory_bytes: int, wh
     Raises:
         UserError: with the largest parts, and what would fit.
     """
-    needed = memory(workload, ranks)
+    needed = memory(_touched(workload), ranks)
     if needed.least <= memory_bytes:
         return
     here = Device(what, workload.device, memory_bytes, 1e15, 1e12)
@@ -48,11 +49,19 @@ def refuse_what_cannot_fit(workload: Workload, ranks: int, memory_bytes: int, wh
     )
 
 
+def _touched(workload: Workload) -> Workload:
+    """The workload as it fills memory: on a CPU the part of a bucket that no gradient is ever written to takes none."""
+    job, size = workload.job, "reduce_bucket_size"
+    if workload.device != "cpu" or job.zero.get(size, 5e8) <= job.trained:
+        return workload
+    return replace(workload, job=job.at_stage(job.stage, **{size: job.trained}))
+
+
 def room_here() -> tuple[str, int, str]:
-    """What a rank of this job may fill: the kind of device, bytes, and whose they are. The GPUs' memory, or a rank's share of
-    what this host has left."""
-    if torch.cuda.is_available():
-        total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-        return "cuda", total, "the GPU"
+    """What this rank may fill: the kind of device, bytes, and whose they are. Its GPU's memory, or a rank's share of what this
+    host has left."""
+    device = dist.device()
+    if device.type == "cuda":
+        return "cuda", torch.cuda.get_device_properties(device).total_memory, "the GPU"
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.world_size())
     return "cpu", available_bytes() // local, "this host" if local == 1 else f"each of the {local} ranks of this host"
