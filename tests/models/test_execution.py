@@ -85,6 +85,18 @@ def test_one_compilation_for_all_blocks() -> None:
     assert not counters["graph_break"] and not counters["frames"]["total"] > 2
 
 
+def test_a_forward_pass_is_one_iteration_of_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch raises in an evaluation on a GPU, at the second block. Nothing is recorded here: blocks run eagerly."""
+    model, images, begun = scrambled(small("map")), pictures(), list[bool]()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(torch.is_grad_enabled()))
+    execute_as(TrainSection(compile=True, compile_mode="reduce-overhead"), model, torch.device("cuda"))
+    with torch.compiler.set_stance("force_eager"):
+        model(images, labels=torch.tensor([1, 4])).loss.backward()
+        with torch.no_grad():
+            model.eval()(images)
+    assert begun == [True, False]
+
+
 def test_modes_that_cannot_be(tmp_path: Path) -> None:
     def load(stage: int, **train: object) -> None:
         section = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"}}

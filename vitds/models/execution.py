@@ -67,6 +67,10 @@ def execute_as(settings: ExecutionSettings, model: ViTForImageClassification, de
         )
     if settings.compile:
         model.compile_blocks(**({} if settings.compile_mode == "default" else {"mode": settings.compile_mode}))
+    if settings.compile and settings.compile_mode == "reduce-overhead":
+        # Where no backward pass is to come, torch takes each block for a new iteration, which may overwrite what the block
+        # before it has returned, and raises (pytorch issues 152887 and 160281). One forward pass is one iteration.
+        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
 
 def choose_attention(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
