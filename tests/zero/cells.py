@@ -9,7 +9,9 @@ from vitds.optim.groups import FLAT_ELEMENTS
 FP32: dict[str, Any] = {}
 BF16 = {"bf16": {"enabled": True}}
 BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
-FP16 = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}}
+FP16: dict[str, Any] = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 8}}
+GROWING = {"fp16": {**FP16["fp16"], "loss_scale_window": 4}}
+"""A loss scale that doubles in every fourth step."""
 FP32_SUM = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 BF16_SUM = {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "fp32"}
 FP16_SUM = {"data_types": {"grad_accum_dtype": "fp16"}, "communication_data_type": "fp32"}
@@ -51,6 +53,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "fp16 z0": _cell(FP16, FP16_SUM, 0),
     "fp16 z1": _cell(FP16, FP32_SUM, 1),
     "fp16 z2": _cell(FP16, FP32_SUM, 2),
+    "fp16 z2 growing scale": _cell(GROWING, FP32_SUM, 2),
     "fp16 z3": _cell(FP16, FP32_SUM, 3),
 }
 SMALL_FLATS = {"fp32 z2": 5000, "fp32 z2 round-robin": 5000, "bf16 z1": 3000, "bf16 z1 fp32 sums": 3000, "bf16 z2": 1}

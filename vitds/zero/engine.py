@@ -116,7 +116,8 @@ class TrainingEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add one micro batch's gradient; reduced over the ranks where the stage does so."""
-        self.deepspeed.backward(loss)
+        scale = self._wrapper_scale()
+        self.deepspeed.backward(loss * scale if scale != 1 else loss)
         if self._norms is not None:
             self._norms.forget()
 
@@ -244,7 +245,8 @@ class TrainingEngine:
         self.deepspeed.destroy()
 
     def _wrapper_scale(self) -> float:
-        """At ZeRO-0 DeepSpeed's fp16 norm still carries the loss scale; elsewhere it does not."""
+        """fp16's loss scale at ZeRO-0: there DeepSpeed's step divides by it, but its `backward` does not multiply, and its norm
+        still carries it; 1 elsewhere."""
         if self.deepspeed.fp16_enabled() and not self.deepspeed.zero_optimization():
             return float(self.deepspeed.optimizer.loss_scale)
         return 1.0

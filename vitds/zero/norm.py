@@ -32,7 +32,7 @@ class GradientNorm:
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
         self._taken: float | None = None
-        self._used = 0.0
+        self._used, self._loss_scale = 0.0, 1.0
         if isinstance(wrapper, BF16_Optimizer):
             wrapper.step = self._step_whole_gradients
         else:
@@ -73,6 +73,7 @@ class GradientNorm:
             self.measure(torch.zeros((), device=dist.device()))
         assert self._taken is not None
         self._used, self._taken = self._taken, None
+        self._loss_scale = float(self.wrapper.loss_scale) if not isinstance(self.wrapper, BF16_Optimizer) else 1.0
         return self._used
 
     def _gradients(self) -> list[torch.Tensor]:
@@ -82,8 +83,9 @@ class GradientNorm:
         return [gradient for group in self.wrapper.averaged_gradients.values() for gradient in group]
 
     def _scale(self, gradients: Sequence[torch.Tensor], norm: float) -> None:
-        """Divides by the loss scale and by max(1, (norm + 1e-6) / clip), DeepSpeed's rule."""
-        clip, scale = self.wrapper.clip_grad, float(self.wrapper.loss_scale)
+        """Divides by the loss scale and by max(1, (norm + 1e-6) / clip), DeepSpeed's rule. The scale is that which the loss
+        had: DeepSpeed's own may have grown since, when it found the norm finite."""
+        clip, scale = self.wrapper.clip_grad, self._loss_scale
         divisor = scale * max(1.0, (norm / scale + 1e-6) / clip) if clip > 0 else scale
         if divisor != 1:
             for gradient in gradients:
