@@ -33,6 +33,7 @@ def put(place: str, value):
 
 
 BAD = [
+    ("zero_optimization.allgather_bucket_size", 1001, "not even"),
     ("gradient_cliping", 1.0, "gradient_clipping"),
     ("zero_optimization.stag", 2, "stage"),
     ("zero_optimization.stage", 4, "stage"),

@@ -251,7 +251,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(tmp_path: Path) -> Non
 def test_weights_are_fp32_and_no_state_has_the_name_of_a_weight(tmp_path: Path) -> None:
     half, full = Shard("w", (2,), torch.ones(2).half()), Shard("w", (2,), torch.ones(2))
     for tensors, words in (
-        ({MODEL: [half], OPTIMIZER: []}, "weights are saved as fp32, not torch.float16"),
+        ({MODEL: [half], OPTIMIZER: []}, "weights are saved as fp32 or bf16, not torch.float16"),
         ({MODEL: [full], OPTIMIZER: [full]}, "tensor 'w' is both a weight and a state"),
     ):
         saver = Saver(tmp_path)

@@ -143,7 +143,10 @@ def test_real_ranks_name_the_one_with_the_slow_disk(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(3)]
     assert found[0] == found[1] == found[2]
-    assert done.stderr.count("vitds: rank 1 on") == 1, done.stderr
+    said = [
+        line for line in done.stderr.splitlines() if "slow: data takes" in line
+    ]  # a loaded machine may slow other parts
+    assert len(said) == 1 and said[0].startswith("vitds: rank 1 on"), done.stderr
     assert "is slow: data takes" in done.stderr
     assert [bool(metrics) for metrics, _ in found[0]] == [False, False, False, True, False, False, False, True]
     (metrics, slow) = found[0][7]

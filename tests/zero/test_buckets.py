@@ -28,7 +28,8 @@ def test_a_bucket_is_a_thirty_second_of_a_large_model():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "bucket"), [([100, 50], 150), ([10**6] * 20, LEAST), ([3 * 10**7] * 2, 3 * 10**7), ([10**8] * 100, MOST)]
+    ("sizes", "bucket"),
+    [([100, 50], 150), ([101, 50], 152), ([10**6] * 20, LEAST), ([3 * 10**7] * 2, 3 * 10**7), ([10**8] * 100, MOST)],
 )
 def test_it_holds_the_largest_parameter_within_limits(sizes: list[int], bucket: int):
     section = {"stage": 2}

@@ -25,6 +25,7 @@ def fit_buckets(zero: dict[str, Any], sizes: Sequence[int]) -> None:
     """
     total = sum(sizes)
     bucket = min(total, max(LEAST, min(MOST, max(*sizes, total // PARTS))))
+    bucket += bucket % 2  # DeepSpeed's flats are aligned to two elements
     stage = zero.get("stage", 0)
     if stage > 0:
         zero.setdefault("reduce_bucket_size", bucket)

@@ -125,6 +125,9 @@ def check_deepspeed_section(section: dict[str, Any], *, free_form: tuple[str, ..
         value = zero.get(word)
         if value and not (isinstance(value, dict) and value.get("device") == "none"):
             raise UserError(f"zero_optimization.{word}: not supported; {instead}")
+    gathered = zero.get("allgather_bucket_size")
+    if isinstance(gathered, (int, float)) and gathered % 2:
+        raise UserError(f"zero_optimization.allgather_bucket_size: {gathered!r} is not even, as DeepSpeed asks")
     for precision in ("bf16", "fp16"):
         typed(section.get(precision, {}).get("enabled", False), bool, f"{precision}.enabled")
         if section.get(precision, {}).get("check_grad_overflow") is False:
