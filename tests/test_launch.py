@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, train, train_alone
+from tests.launching import ROOT, TRAINER, ranks, train, train_alone
 from vitds.metrics import read_metrics
 
 pytestmark = pytest.mark.launch
@@ -173,3 +173,10 @@ def test_weights_go_into_a_model_of_another_size_with_other_classes(unbroken, tm
     done = train_alone(2, DIGITS, tmp_path / "run", *[s for s in SMALL if "total_steps" not in s], *sets)
     assert outcome(tmp_path / "run")["state"] == "finished", done.stdout[-3000:]
     assert "classifier starts afresh; position embedding resampled from 16 to 36 patches" in done.stdout
+
+
+def test_help_is_no_failure():
+    done = ranks(1, TRAINER, "--help")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "--ignore-forecast" in done.stdout
+    assert "Traceback" not in done.stdout

@@ -22,6 +22,10 @@ class _Arguments(argparse.ArgumentParser):
             )
         raise UserError(f"{message}\n{self.format_usage().strip()}")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help."""
+        dist.leave(status)
+
 
 def training_arguments(description: str | None) -> argparse.Namespace:
     """The command line of launcher/train.py.
