@@ -72,6 +72,13 @@ def test_the_page_for_people(capsys: pytest.CaptureFixture[str]):
     assert plan(capsys, "--device", "h100", "--gpus", "8")[0] == 0
 
 
+def test_a_small_run_s_page(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--config", "ds_configs/digits.json", "--device", "h100", "--mfu", "1e-6"]) == 0
+    text = capsys.readouterr().out
+    assert "the largest micro batch that fits: 65,536 or more" in text
+    assert " 0.0 h" not in text and " 0 GPU-hours" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -18,6 +18,8 @@ from vitds.planning.states import States
 from vitds.planning.workload import Workload
 
 POLICIES = ("none", "every:4", "every:3", "every:2", "selective", "full")
+MOST = 2**16
+"""No larger micro batch is looked for."""
 FASTER = 1.005
 """A change that is to be worth saying is so many times as fast."""
 
@@ -62,16 +64,18 @@ class Place:
         return needed.total <= self.device.memory_bytes
 
 
-def largest_micro_batch(workload: Workload, place: Place, most: int = 2**16) -> int:
-    """Images of the largest micro batch that fits, whatever the global batch; 0 where none does."""
+def largest_micro_batch(workload: Workload, place: Place, most: int = MOST) -> int:
+    """Images of the largest micro batch that fits, whatever the global batch; 0 where none does, `most` where more would."""
     states = States(workload, place.ranks)
 
     def fits(size: int) -> bool:
         return place.holds(memory(replace(workload, micro_batch=size), place.ranks, states))
 
+    if fits(most):
+        return most
     low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
+    while high < most and fits(high):
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

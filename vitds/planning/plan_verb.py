@@ -12,7 +12,7 @@ from typing import Any
 
 from vitds.errors import UserError
 from vitds.json_files import finite
-from vitds.planning.changes import Change, Place, changes, largest_micro_batch
+from vitds.planning.changes import MOST, Change, Place, changes, largest_micro_batch
 from vitds.planning.devices import DEVICES, GIB, Device, device, local_device
 from vitds.planning.memory import MOMENTS, Memory
 from vitds.planning.scaling import Batches, why_not
@@ -157,7 +157,8 @@ def _page(options: argparse.Namespace, outlook: Outlook) -> list[str]:
         "",
         *_table(needed),
         "",
-        f"{verdict} ({total / GIB:.1f} of {has / GIB:.1f} GiB); the largest micro batch that fits: {outlook.largest or 'none'}",
+        f"{verdict} ({total / GIB:.1f} of {has / GIB:.1f} GiB); the largest micro batch that fits: "
+        + (f"{MOST:,} or more" if outlook.largest == MOST else f"{outlook.largest or 'none'}"),
         "",
         f"{needs.seconds:.3g} s a step, {needs.images_per_second:,.1f} images/s, {needs.mfu:.1%} MFU: "
         + ", ".join(f"{what} {part / needs.seconds:.0%}" for what, part in needs.parts),
@@ -199,8 +200,13 @@ def _length(outlook: Outlook) -> list[str]:
         else "not in this lifetime"
     )
     return [
-        f"{outlook.steps:,} steps: {seconds / 3600:,.1f} h, {seconds / 3600 * outlook.place.ranks:,.0f} GPU-hours; started now, it ends {end}"
+        f"{outlook.steps:,} steps: {_hours(seconds)} h, {_hours(seconds * outlook.place.ranks)} GPU-hours; started now, it ends {end}"
     ]
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _changes(outlook: Outlook) -> list[str]:
