@@ -75,9 +75,10 @@ class Bench:
             return self.alive[trainee.name].ask(warmup=self.options.warmup, **question)
         return self.alive[trainee.name].ask(warmup=1, **question)
 
-    def search(self, trainee: Trainee, first: int, most: int) -> list[Row]:
-        """Every micro batch tried, up to the first that does not fit; the fastest becomes the trainee's."""
-        rows, micro = [], first
+    def search(self, trainee: Trainee, first: int, most: int, rows: list[Row]) -> None:
+        """Every micro batch tried, up to the first that does not fit, is added to `rows`, also where its time ends amid them;
+        the fastest of `rows` becomes the trainee's."""
+        micro = first
         child = self.start(trainee, first)
         try:
             while micro <= most:
@@ -87,13 +88,12 @@ class Bench:
                 micro *= 2
         finally:
             child.end()
-        if self.options.refine and len(rows) > 1 and rows[-1].error is not None and micro % 4 == 0:
+            fitting = [row.figures for row in rows if row.error is None]
+            if fitting:
+                trainee.micro = int(max(fitting, key=lambda figures: figures["images/s"])["micro"])
+        if self.options.refine and first < most and fitting and rows[-1].error is not None and micro % 4 == 0:
             # Between the last that fitted and the first that did not there is one more worth a try.
-            rows += self.search(Trainee(trainee.name, trainee.kind, trainee.sets, 0), 3 * micro // 4, 3 * micro // 4)
-        fitting = [row.figures for row in rows if row.error is None]
-        if fitting:
-            trainee.micro = int(max(fitting, key=lambda figures: figures["images/s"])["micro"])
-        return rows
+            self.search(trainee, 3 * micro // 4, 3 * micro // 4, rows)
 
     def tried(self, child: Child, trainee: Trainee, micro: int) -> Row:
         """One micro batch in a living child."""
@@ -128,15 +128,17 @@ def tables_of(options: argparse.Namespace) -> list[Table]:
     ]
     what = f"{options.config} {' '.join(options.set)}".strip()
     where = f"{options.ranks} rank(s), {options.accumulation} micro batch(es) a step, images from the {options.images}"
-    tables, searched = [], {}
+    tables, searched = [], dict[str, list[Row]]()
     if options.search:
         first, _, most = options.search.partition(":")
+        for trainee in trainees:
+            searched[trainee.name] = []
         try:
             for trainee in trainees:
-                searched[trainee.name] = []
-                searched[trainee.name] = bench.search(trainee, int(first), int(most or 2**20))
-        except KeyboardInterrupt:  # its time is over: what is there is compared
-            trainees = [trainee for trainee in trainees if searched.get(trainee.name)]
+                bench.search(trainee, int(first), int(most or 2**20), searched[trainee.name])
+        except KeyboardInterrupt:  # its time is over: what is there is compared, what is not says so
+            for name, rows in searched.items():
+                rows += [] if rows else [Row(name, error="no time was left")]
         tables.append(
             Table(f"search of the micro batch: {what}", COLUMNS, [row for r in searched.values() for row in r])
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -116,3 +117,43 @@ def test_step_measures_a_run_file_beside_a_peer_and_names_what_cannot_run(tmp_pa
         flops = 3 * flops_per_image(build_config(ModelSection(variant=None, **small["vitds"]["model"])))
         assert row["rounds"][0]["mfu"] == pytest.approx(row["rounds"][0]["images/s"] * flops / 1e9)
     assert rows["ours checkpointing=none"]["ratio"] > 0
+
+
+def test_a_search_whose_time_ends_keeps_what_it_has_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    step = importlib.import_module("step")
+
+    class Child:
+        def __init__(self, words, ranks, timeout):
+            self.kind = words[1]
+
+        def ask(self, micro, warmup, steps):
+            if (self.kind, micro) == ("torch", 4):
+                raise KeyboardInterrupt
+            return {"images/s": 100.0 + micro, "micro": micro, "seconds": 1.0}
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(step, "Child", Child)
+    words = [
+        "--config",
+        "ds_configs/digits.json",
+        "--trainees",
+        "ours",
+        "torch",
+        "torch-fp32",
+        "--search",
+        "2:8",
+        "--rounds",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", ["step.py", *words, "--json", str(tmp_path / "step.json")])
+    step.main()
+    search, compared = json.loads((tmp_path / "step.json").read_text())["tables"]
+    tried = [f"ours, micro batch {size}" for size in (2, 4, 8)]
+    assert [row["name"] for row in search["rows"]] == [*tried, "torch, micro batch 2", "torch-fp32"]
+    rows = {row["name"]: row for row in compared["rows"]}
+    assert (rows["ours"]["figures"]["micro"], rows["torch"]["figures"]["micro"]) == (8, 2)
+    assert rows["ours"]["ratio"] == pytest.approx(108 / 102)
+    assert "no time was left" in rows["torch-fp32"]["error"]
