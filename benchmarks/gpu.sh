@@ -41,7 +41,9 @@ if [ "$device" = cpu ]; then
     G14_classes=10 S16_classes=10 quick="--warmup 1 --steps 1" small="--variant ViT-mu/16 --rounds 1" images="--images 16 --batches 1 --rounds 1"
 else
     log=benchmarks/gpu-$(date +%F).txt minutes=${MINUTES:-20} gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-    shape="" G14_sizes=32:256 g14_sizes=64:256 S16_sizes=256:1024 flats="ViT-G/14" fp8="" micro=64
+    # Each size costs a compilation: 32 only where 64 of the peers may not fit.
+    first=$("$python" -c 'import torch; print(64 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 32)')
+    shape="" G14_sizes=${first:-32}:256 g14_sizes=128:256 S16_sizes=256:1024 flats="ViT-G/14" fp8="" micro=64
     attention="64,256,16,104 64,256,16,88 256,196,6,64"
     G14_classes=29593 S16_classes=1000 quick="--warmup 3 --steps 10" small="--variant ViT-L/16 --rounds 3" images="--images 256 --rounds 2"
 fi
@@ -93,24 +95,25 @@ all_parts() {
     facts
     # shellcheck disable=SC2046,SC2086
     {
-        part attention 45 "$python" benchmarks/attention.py --device $device --shapes $attention $(out attention)
-        part optimizer 90 "$python" benchmarks/optimizer.py --device $device --sizes $flats $(out optimizer)
-        part G14 420 "$python" benchmarks/step.py $G14 --search $G14_sizes --refine --rounds 0 $quick $(out G14) \
+        part G14 400 "$python" benchmarks/step.py $G14 --search $G14_sizes --refine --rounds 0 $quick $(out G14) \
             --trainees ours siglip-deepspeed siglip-fsdp2-compiled siglip-deepspeed-torch-adam timm-compiled siglip-ddp-compiled \
             --baseline siglip-deepspeed
-        part g14 80 "$python" benchmarks/step.py $g14 --search $g14_sizes --rounds 0 $quick $(out g14) --trainees ours
-        part S16 80 "$python" benchmarks/step.py $S16 --search $S16_sizes --rounds 0 $quick $(out S16) --trainees ours
+        part optimizer 80 "$python" benchmarks/optimizer.py --device $device --sizes $flats $(out optimizer)
+        part memory 250 "$python" benchmarks/memory.py --seconds 220 $(out memory)
+        part attention 45 "$python" benchmarks/attention.py --device $device --shapes $attention $(out attention)
+        part g14 110 "$python" benchmarks/step.py $g14 --search $g14_sizes --rounds 0 $quick $(out g14) --trainees ours
+        part S16 90 "$python" benchmarks/step.py $S16 --search $S16_sizes --rounds 0 $quick $(out S16) --trainees ours
+        part sums 120 "$python" benchmarks/step.py $G14 --micro $micro --rounds 1 $quick $(out sums) --trainees ours \
+            --sweep stage=1,2 accumulate=bf16
         part tests 150 "$python" -m pytest -m gpu -s tests
-        part memory 150 "$python" benchmarks/memory.py $(out memory)
-        part sweep 200 "$python" benchmarks/step.py $G14 --micro $micro --rounds 1 $quick $(out sweep) --trainees ours \
-            --sweep mode=default,reduce-overhead checkpointing=none,every:2
-        part eager 45 "$python" benchmarks/step.py $G14 --micro $micro --rounds 1 $quick $(out eager) --trainees ours \
-            --sweep compile=false
-        part sums 45 "$python" benchmarks/step.py $G14 --micro $micro --rounds 1 $quick $(out sums) --trainees ours \
-            --sweep accumulate=bf16
-        part startup 120 "$python" benchmarks/startup.py $S16 $synthetic --set vitds.data.train.num_classes=$S16_classes --ranks 1 --rounds 1 $(out startup)
-        part profile 60 deepspeed --num_gpus 1 launcher/train.py $G14 $synthetic $short --output-dir "$scratch/profile" \
+        # What follows has what the parts above leave of their limits.
+        part profile 150 deepspeed --num_gpus 1 launcher/train.py $G14 $synthetic $short --output-dir "$scratch/profile" \
             --profile 5:2 --set vitds.data.train.num_classes=$G14_classes --set train_batch_size=$micro --set train_micro_batch_size_per_gpu=$micro
+        part sweep 240 "$python" benchmarks/step.py $G14 --micro $micro --rounds 1 $quick $(out sweep) --trainees ours \
+            --sweep mode=default,reduce-overhead checkpointing=none,every:2
+        part eager 60 "$python" benchmarks/step.py $G14 --micro $micro --rounds 1 $quick $(out eager) --trainees ours \
+            --sweep compile=false
+        part startup 120 "$python" benchmarks/startup.py $S16 $synthetic --set vitds.data.train.num_classes=$S16_classes --ranks 1 --rounds 1 $(out startup)
         part checkpoint 60 deepspeed --num_gpus 1 benchmarks/checkpoint.py $small --directory "$scratch" $(out checkpoint)
         part loader 40 "$python" benchmarks/loader.py --workers 0 2 --device $device $images $(out loader)
         part fp8 90 "$python" benchmarks/fp8.py $fp8 $(out fp8)

@@ -1,8 +1,10 @@
 """The memory forecast beside torch.cuda.max_memory_allocated: 20 settings of stage, precision, checkpointing, compile, optimizer.
 
-    python benchmarks/memory.py [--json FILE] [--only WORD] [--seconds 140]
+    python benchmarks/memory.py [--json FILE] [--only WORD] [--seconds 240] [--at-once 4]
 
-Each setting is a process of its own (vitds.trial) that makes two steps; it may run out of memory. The error is that of the
+Each setting is a process of its own (vitds.trial) that makes two steps; it may run out of memory. On a GPU several run at
+once, as long as what is forecast of them together, and a tenth more, is less than the GPU has; what does not fit runs alone,
+last. Peaks are each process's own. The error is that of the
 forecast's peak; "fits" is what `vitds plan` says of this device beside whether the steps ran. On a CPU the process' growth is
 measured, which has more than tensors in it: the table there only shows that the benchmark runs.
 """
@@ -13,8 +15,11 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +28,8 @@ import torch
 from runner import ROOT, Candidate, Column, Failed, compare, report
 
 from vitds.config import load_run_file
-from vitds.planning.devices import device, local_device
-from vitds.planning.memory import memory
+from vitds.planning.devices import Device, device, local_device
+from vitds.planning.memory import Memory, memory
 from vitds.planning.workload import workload_of
 
 GIB = 2**30
@@ -78,39 +83,92 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--only", default="", metavar="WORD", help="settings with this in their name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all settings")
-    parser.add_argument("--seconds", type=float, default=140, help="settings that would begin later are left out")
+    parser.add_argument("--seconds", type=float, default=240, help="settings that would begin later are left out")
+    parser.add_argument("--at-once", type=int, default=4 if torch.cuda.is_available() else 1, metavar="N")
     options = parser.parse_args()
-    with TemporaryDirectory() as place:
-        table = compare(
-            "memory",
-            list(candidates(options, Path(place) / "run.json")),
-            rounds=1,
-            warmup=0,
-            columns=COLUMNS,
-            say=print,
-        )
+    names = [name for name in SETTINGS if options.only in name]
+    with TemporaryDirectory() as place, ThreadPoolExecutor(max(len(names), 1)) as pool:
+        path, end = Path(place) / "run.json", time.monotonic() + options.seconds
+        path.write_text(json.dumps(BASE))
+        where = local_device() or device("cpu")
+        room = Room(where.memory_bytes, options.at_once)
+        needs = {name: forecast(path, overrides(name, options.set)) for name in names}
+        order = sorted(names, key=lambda name: needs[name].total > where.memory_bytes)  # what is too large comes last
+        turns = {}
+        for name in order:
+            work = partial(turn, path, overrides(name, options.set), needs[name], where, end)
+            turns[name] = pool.submit(room.within, room.queue(needs[name].total), work)
+        try:
+            candidates = [Candidate(name, turns[name].result) for name in order]
+            table = compare("memory", candidates, rounds=1, warmup=0, columns=COLUMNS, say=print)
+        finally:
+            room.close()
         report([table], options.json)
 
 
-def candidates(options: argparse.Namespace, path: Path) -> Iterator[Candidate]:
-    """One for each setting."""
-    path.write_text(json.dumps(BASE))
-    end = time.monotonic() + options.seconds
-    for name, (micro, accumulation, more) in SETTINGS.items():
-        if options.only not in name:
-            continue
-        batch = [f"train_micro_batch_size_per_gpu={micro}", f"train_batch_size={micro * accumulation}"]
-        yield Candidate(name, lambda words=(*batch, *more, *options.set): turn(path, list(words), end))
+class Room:
+    """A GPU's memory, lent to so many processes at once, first come, first served."""
+
+    def __init__(self, has: int, at_once: int) -> None:
+        self.has, self.at_once = has, at_once
+        self.waiting: list[int] = []
+        self.inside: list[int] = []
+        self.changed, self.closed = threading.Condition(), False
+
+    def queue(self, needed: int) -> int:
+        """Take a place in the queue for so many bytes, and a tenth more; returns them."""
+        self.waiting.append(needed := int(1.1 * needed))
+        return needed
+
+    def within(self, needed: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do the work once there is room for it.
+
+        Raises:
+            Failed: nothing is begun any more.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed or self.next(needed))
+            if self.closed:
+                raise Failed("left out: the time was over")
+            self.waiting.remove(needed)
+            self.inside.append(needed)
+            self.changed.notify_all()
+        try:
+            return work()
+        finally:
+            with self.changed:
+                self.inside.remove(needed)
+                self.changed.notify_all()
+
+    def next(self, needed: int) -> bool:
+        """Whether it is the first in the queue and there is room."""
+        fits = len(self.inside) < self.at_once and sum(self.inside) + needed <= self.has
+        return self.waiting[0] == needed and (fits or not self.inside)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
 
-def turn(path: Path, overrides: list[str], end: float) -> dict[str, Any]:
-    """Forecast and measurement of one setting."""
+def overrides(name: str, others: Sequence[str]) -> list[str]:
+    """Of a setting."""
+    micro, accumulation, more = SETTINGS[name]
+    return [f"train_micro_batch_size_per_gpu={micro}", f"train_batch_size={micro * accumulation}", *more, *others]
+
+
+def forecast(path: Path, sets: list[str]) -> Memory:
+    """Of a setting, on this device."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return memory(workload_of(load_run_file(str(path), sets, world_size=1), kind), 1)
+
+
+def turn(path: Path, sets: list[str], needed: Memory, where: Device, end: float) -> dict[str, Any]:
+    """Measurement of one setting beside its forecast."""
     if time.monotonic() > end:
         raise Failed("left out: the time was over")
-    where = local_device() or device("cpu")
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    needed = memory(workload_of(load_run_file(str(path), overrides, world_size=1), kind), 1)
-    command = [sys.executable, "-m", "vitds.trial", str(path), "1", *overrides]
+    command = [sys.executable, "-m", "vitds.trial", str(path), "1", *sets]
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=max(60.0, end - time.monotonic())
     )

@@ -6,6 +6,10 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -157,3 +161,28 @@ def test_a_search_whose_time_ends_keeps_what_it_has_found(tmp_path, monkeypatch)
     assert (rows["ours"]["figures"]["micro"], rows["torch"]["figures"]["micro"]) == (8, 2)
     assert rows["ours"]["ratio"] == pytest.approx(108 / 102)
     assert "no time was left" in rows["torch-fp32"]["error"]
+
+
+def test_a_gpu_is_lent_to_as_many_settings_as_fit(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    room = importlib.import_module("memory").Room(100, at_once=3)
+    inside, most, lock = [], [], threading.Lock()
+
+    def work(size):
+        with lock:
+            inside.append(size)
+            most.append((len(inside), sum(inside)))
+        time.sleep(0.05)
+        with lock:
+            inside.remove(size)
+        return {"size": size}
+
+    sizes = [10, 10, 10, 10, 50, 60, 300]
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        done = [pool.submit(room.within, room.queue(size), partial(work, size)) for size in sizes]
+        assert [one.result(10)["size"] for one in done] == sizes
+        assert max(number for number, _ in most) == 3
+        assert all(number == 1 or taken <= 91 for number, taken in most), most
+        room.close()
+        with pytest.raises(Exception, match="the time was over"):
+            room.within(room.queue(1), dict)
