@@ -12,6 +12,7 @@ from typing import Any
 
 from vitds.errors import UserError
 from vitds.json_files import finite
+from vitds.planning.arguments import count
 from vitds.planning.changes import MOST, Change, Place, changes, largest_micro_batch
 from vitds.planning.devices import DEVICES, GIB, Device, device, local_device
 from vitds.planning.memory import MOMENTS, Memory
@@ -43,8 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `vitds plan` itself; `plan scale` has its own."""
     parser.add_argument("--config", help="run file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train_batch_size=4096")
-    parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="ranks (default: 1)")
-    parser.add_argument("--gpus-per-host", type=_count, metavar="N", help="default: the device's, at most --gpus")
+    parser.add_argument("--gpus", type=count, default=1, metavar="N", help="ranks (default: 1)")
+    parser.add_argument("--gpus-per-host", type=count, metavar="N", help="default: the device's, at most --gpus")
     parser.add_argument(
         "--device", metavar="NAME", help=f"one of {', '.join(DEVICES)}; default: this machine's own GPU"
     )
@@ -244,12 +245,6 @@ def _facts(outlook: Outlook) -> dict[str, Any]:
                     for c in outlook.others],
         "note": UNCALIBRATED,
     }  # fmt: skip
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10**6:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000000, found {text!r}")
-    return int(text)
 
 
 def _positive(text: str) -> float:

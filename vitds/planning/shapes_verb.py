@@ -13,6 +13,7 @@ from typing import Any
 from vitds.errors import UserError
 from vitds.json_files import finite
 from vitds.models import Shape, ViTConfig
+from vitds.planning.arguments import count, counts
 from vitds.planning.devices import DEVICES, Device, device, local_device
 from vitds.planning.shapefinder import GRADIENTS, OPTIMIZERS, Fit, Found, Limits, find, grid, ours, paper
 from vitds.planning.shapes_figure import draw, plots
@@ -29,17 +30,17 @@ RATE = {"lr": 8e-4, "weight_decay": 0.03}
 def add_verb(verbs: Any) -> None:
     """Add `shapes` to the parser's verbs."""
     parser = verbs.add_parser("shapes", help="find the shapes of model that fit a device, under three optimizers")
-    parser.add_argument("--depths", type=_numbers, default=DEPTHS, metavar="N,N,…", help="numbers of blocks")
-    parser.add_argument("--widths", type=_numbers, default=WIDTHS, metavar="N,N,…")
+    parser.add_argument("--depths", type=counts, default=DEPTHS, metavar="N,N,…", help="numbers of blocks")
+    parser.add_argument("--widths", type=counts, default=WIDTHS, metavar="N,N,…")
     parser.add_argument(
         "--mlps", type=_mlps, default=MLPS, metavar="N,…", help='widths of the MLP; "4x": times the width'
     )
     heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--heads", type=_numbers, default=(16,), metavar="N,N,…", help="default: 16, as g and G have")
-    heads.add_argument("--head-dim", type=_numbers, default=(), metavar="N,N,…", help="widths of a head instead")
-    parser.add_argument("--patch-size", type=_count, default=14, metavar="N")
-    parser.add_argument("--image-size", type=_count, default=224, metavar="N")
-    parser.add_argument("--num-classes", type=_count, default=1000, metavar="N")
+    heads.add_argument("--heads", type=counts, default=(16,), metavar="N,N,…", help="default: 16, as g and G have")
+    heads.add_argument("--head-dim", type=counts, default=(), metavar="N,N,…", help="widths of a head instead")
+    parser.add_argument("--patch-size", type=count, default=14, metavar="N")
+    parser.add_argument("--image-size", type=count, default=224, metavar="N")
+    parser.add_argument("--num-classes", type=count, default=1000, metavar="N")
     parser.add_argument(
         "--device", metavar="NAME", help=f"one of {', '.join(DEVICES)}; default: this machine's GPU, else h200"
     )
@@ -50,16 +51,16 @@ def add_verb(verbs: Any) -> None:
         "--gradients", choices=tuple(GRADIENTS), default="fp32", help="alive at once, in the paper's setting"
     )
     parser.add_argument(
-        "--micro-batch", type=_count, default=8, metavar="N", help="images that have to fit (default: 8)"
+        "--micro-batch", type=count, default=8, metavar="N", help="images that have to fit (default: 8)"
     )
     parser.add_argument(
-        "--most", type=_count, default=128, metavar="N", help="largest micro batch looked for (default: 128)"
+        "--most", type=count, default=128, metavar="N", help="largest micro batch looked for (default: 128)"
     )
-    parser.add_argument("--images", type=_count, default=256, metavar="N",
+    parser.add_argument("--images", type=count, default=256, metavar="N",
                         help="images of the device in an optimizer step, accumulated (default: 256)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="of the run file, as in vitds.train.compile=true; ours only")  # fmt: skip
-    parser.add_argument("--measure", nargs="?", type=_count, const=STEPS, default=0, metavar="STEPS",
+    parser.add_argument("--measure", nargs="?", type=count, const=STEPS, default=0, metavar="STEPS",
                         help=f"also make so many real steps ({STEPS}) of each shape that fits, on this machine")  # fmt: skip
     parser.add_argument(
         "--optimizer", choices=tuple(OPTIMIZERS), default="modified Adafactor", help="that is measured with"
@@ -247,23 +248,13 @@ def _rows(rows: Sequence[Found], trials: dict[Shape, Trial]) -> list[dict[str, A
     return found
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10**6:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000000, found {text!r}")
-    return int(text)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part.strip()) for part in text.split(",")}))
-
-
 def _mlps(text: str) -> tuple[str, ...]:
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if word.endswith("x"):
             _positive(word[:-1])
         else:
-            _count(word)
+            count(word)
     return tuple(dict.fromkeys(words))
 
 

@@ -14,6 +14,7 @@ from vitds.json_files import finite
 from vitds.models import ViTForImageClassification, build_config, flops_per_image
 from vitds.optim.groups import build_groups
 from vitds.planning import plan_verb
+from vitds.planning.arguments import count, counts
 from vitds.planning.job import Job, Traffic
 from vitds.planning.scaling import HYBRID, Batches, Forecast, Machine, forecast, own_label, traffic, variants, why_not
 
@@ -35,8 +36,8 @@ def add_verb(verbs: Any) -> None:
     )
     scale.add_argument("--config", required=True, help="run file")
     scale.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in train_batch_size=32768")
-    scale.add_argument("--gpus", type=_numbers, default=list(GPUS), metavar="N,N,…", help="default: 8,16,…,4096")
-    scale.add_argument("--gpus-per-host", type=_count, default=machine.gpus_per_host, metavar="N")
+    scale.add_argument("--gpus", type=counts, default=GPUS, metavar="N,N,…", help="default: 8,16,…,4096")
+    scale.add_argument("--gpus-per-host", type=count, default=machine.gpus_per_host, metavar="N")
     scale.add_argument("--peak-tflops", type=_positive, default=machine.peak_flops / 1e12, metavar="X",
                        help="dense TFLOP/s of one GPU in the training precision (default: 989, an H100 in bf16)")  # fmt: skip
     scale.add_argument("--mfu", type=_fraction, default=machine.mfu, metavar="X",
@@ -220,13 +221,3 @@ def _share(text: str) -> float:
     if not 0 <= (value := _number(text)) <= 1:
         raise argparse.ArgumentTypeError(f"expected a number in [0, 1], found {text!r}")
     return value
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 10**6:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000000, found {text!r}")
-    return int(text)
-
-
-def _numbers(text: str) -> list[int]:
-    return sorted({_count(part.strip()) for part in text.split(",")})
