@@ -99,7 +99,7 @@ def train(prepare: Callable[[ViTForImageClassification], None], seed: int, steps
             parameter.copy_(model.initial_tensor(name, seed))
     model.to(device)
     prepare(model)
-    source, held_out = build_sources(DATA, 10)
+    source, held_out, _ = build_sources(DATA, 10)
     shared = {"image_size": 8, "num_classes": 10, "rank": 0, "world_size": 1}
     loader = TrainLoader(source, DATA, seed=seed, global_batch=BATCH, micro_batch=BATCH, **shared)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.03)

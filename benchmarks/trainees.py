@@ -233,7 +233,7 @@ def batches_of(run: RunFile, plan: Plan, micro: int, images: str) -> Iterator[tu
     model, device = plan.model.config, dist.device()
     if images == "loader":
         loader = TrainLoader(
-            plan.sources[0], run.vitds.data, image_size=model.image_size, num_classes=model.num_classes,
+            plan.sources.train, run.vitds.data, image_size=model.image_size, num_classes=model.num_classes,
             seed=run.vitds.train.seed, global_batch=micro * run.accumulation * dist.world_size(), micro_batch=micro,
             rank=dist.rank(), world_size=dist.world_size(),
         )  # fmt: skip

@@ -49,7 +49,7 @@ def main() -> None:
 
 def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption, watch: Watch, asked: Window) -> None:
     """Engine, state, and all steps from where the run is to its end."""
-    part, model, every, (train_source, eval_source) = run.vitds, plan.model, plan.lengths, plan.sources
+    part, model, every, (train_source, eval_source, _) = run.vitds, plan.model, plan.lengths, plan.sources
     config, total, schedule = model.config, every.total, every.schedule
     engine = TrainingEngine(model, plan.groups, run.optimizer, run.deepspeed, run.accumulation)
     execute_as(part.train, model, engine.device)

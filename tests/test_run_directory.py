@@ -408,6 +408,16 @@ def test_other_training_images_are_another_run(tmp_path: Path, training: dict[st
     assert not (tmp_path / "events.jsonl").exists()
 
 
+def test_another_minival_is_another_run(tmp_path: Path) -> None:
+    """Its images were not trained on, or now are."""
+    held_out = set_at(RUN, "vitds.data", {"minival": 0.02})
+    RunDirectory(tmp_path).write_config(held_out, IMAGES)
+    fewer = IMAGES | {"train": {"images": 8, "digest": "ef"}, "minival": {"images": 1, "digest": "gh"}}
+    for other in (set_at(RUN, "vitds.data", {"minival": 1}), RUN):
+        with pytest.raises(UserError, match=r"^vitds\.data\.minival: .*9 images then, 8 now\. Set it to 0\.02 again"):
+            RunDirectory(tmp_path).refuse_other_run(other, fewer)
+
+
 def test_other_evaluation_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, fewer = RunDirectory(tmp_path), IMAGES | {"eval": {"images": 3, "digest": "ef"}}
     run.write_config(RUN, {"train": IMAGES["train"]})

@@ -17,7 +17,7 @@ from vitds import dist
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
 from vitds.cluster.section import ClusterSection, check_world_size
-from vitds.data import DataSection, Source, SourceSection, build_sources, images_of
+from vitds.data import DataSection, Sources, SourceSection, build_sources
 from vitds.errors import UserError
 from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
@@ -151,7 +151,7 @@ def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: 
 class Plan(NamedTuple):
     """What a run is made of, all of it checked and none of it on an accelerator."""
 
-    sources: tuple[Source, Source | None]
+    sources: Sources
     lengths: Lengths
     groups: list[Group]
     model: ViTForImageClassification
@@ -181,14 +181,14 @@ def prepare(run: RunFile, *, forecast: bool = False) -> Plan:
     client_optimizer(run.optimizer, zero_stage(run.deepspeed))
     if part.init_from is not None and not Path(part.init_from.path).exists():
         raise UserError(f"vitds.init_from.path: {part.init_from.path!r} does not exist")
-    lengths = run.lengths(len(sources[0]))
+    lengths = run.lengths(len(sources.train))
     if part.guard.spike == "rollback" and lengths.save == 0:
         raise UserError("vitds.checkpoint.every_steps: 0 leaves a rollback (vitds.guard.spike) nothing to go back to")
     if forecast:
         kind, memory_bytes, whose = room_here()
         refuse_what_cannot_fit(workload_of(run, kind, model), dist.world_size(), memory_bytes, whose)
     processor = VitdsImageProcessor(part.model.image_size, part.data.eval_edge(part.model.image_size))
-    return Plan(sources, lengths, groups, model, processor, images_of(*sources))
+    return Plan(sources, lengths, groups, model, processor, sources.identity())
 
 
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -133,8 +133,14 @@ class RunDirectory:
                 + "\nTake another --output-dir, or the run file of the run that is there."
             )
         if other := other_images(self._images, images).get("train"):
+            was, now = (
+                ((file.get("vitds") or {}).get("data") or {}).get("minival", 0.0) for file in (stored, resolved)
+            )
+            key, mend = (
+                ("train", "Bring the same files back") if was == now else ("minival", f"Set it to {was:g} again")
+            )
             raise UserError(
-                f"vitds.data.train: {self.path} holds a run on other training images: {other}. Bring the same files back, "
+                f"vitds.data.{key}: {self.path} holds a run on other training images: {other}. {mend}, "
                 "or take another --output-dir, with vitds.init_from to go on from the weights that are there."
             )
 

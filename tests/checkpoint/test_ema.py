@@ -144,7 +144,7 @@ def test_the_average_is_evaluated_under_its_own_names_and_may_be_interrupted() -
     for shard in ema.shards():
         shard.data.copy_(torch.randn(shard.data.numel(), generator=torch.Generator().manual_seed(1)) / 4)
     data = DataSection(train=SourceSection("digits"), eval=SourceSection("digits"))
-    _, source = build_sources(data, 10)
+    source = build_sources(data, 10).eval
     assert source is not None
     loader = EvalLoader(source, data, image_size=8, num_classes=10, batch=50, rank=0, world_size=1)
     calls: list[int] = []

@@ -91,7 +91,7 @@ def test_every_source_keeps_the_contract(name, images):
 
 
 def test_digits_are_split_once_and_for_all():
-    train, evaluation = build_sources(DataSection(SourceSection("digits"), SourceSection("digits")), 10)
+    train, evaluation, _ = build_sources(DataSection(SourceSection("digits"), SourceSection("digits")), 10)
     assert (len(train), len(evaluation)) == (1437, 360)
     keys = [{source.read(i)[2] for i in range(len(source))} for source in (train, evaluation)]
     assert not keys[0] & keys[1]

@@ -152,7 +152,7 @@ def count(run: Run) -> list[tuple[str, int, int]]:
         overrides=run.frozen,
     )
     small.initialise(engine, model)
-    source, _ = build_sources(small.DATA, 10)
+    source = build_sources(small.DATA, 10).train
     loader = TrainLoader(
         source, small.DATA, rank=dist.rank(), world_size=ranks, position=0, image_size=8, num_classes=10, seed=0,
         global_batch=batch, micro_batch=1,

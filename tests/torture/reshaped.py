@@ -85,7 +85,7 @@ class Run:
         self._state = self._state_in(directory)
         self.progress, _ = self._state.restore()
         data = replace(DATA, mixup=MIXUP[cell.optimizer])
-        source, _ = build_sources(data, 10)
+        source = build_sources(data, 10).train
         self.loader = TrainLoader(
             source, data, image_size=8, num_classes=10, seed=0, global_batch=BATCH, rank=dist.rank(), world_size=cell.ranks,
             micro_batch=BATCH // cell.ranks // self.accumulation, position=self.progress.position,

@@ -87,7 +87,7 @@ class Trainer:
             run.cell, run.optimizer, global_batch=BATCH, policy=run.policy, compiled=run.compiled
         )
         initialise(self.engine, model)
-        source, _ = build_sources(DATA, 10)
+        source = build_sources(DATA, 10).train
         self.loader = TrainLoader(
             source, DATA, image_size=8, num_classes=10, seed=0, global_batch=BATCH, rank=dist.rank(),
             world_size=dist.world_size(), skipped=skipped, micro_batch=BATCH // dist.world_size() // ACCUMULATION,

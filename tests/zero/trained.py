@@ -93,7 +93,7 @@ class Trainer:
         self.state = RunState(
             self.engine, self.model, self.schedule, resolved, processor, run_directory, CheckpointSection()
         )
-        self.source, _ = build_sources(DATA, 10)
+        self.source = build_sources(DATA, 10).train
         micro = BATCH // dist.world_size() // ACCUMULATION
         self.stream = {"image_size": 8, "num_classes": 10, "seed": 0, "global_batch": BATCH, "micro_batch": micro}
         self.go_on()

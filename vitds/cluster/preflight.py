@@ -98,7 +98,7 @@ def preflight(output: Path, resolved: Mapping[str, Any], images: Mapping[str, Ma
     Args:
         output: the run's directory; rank 0 can write there.
         resolved: the resolved run file.
-        images: by role, the number and the digest of this rank's images (vitds.data.images_of).
+        images: by role, the number and the digest of this rank's images (vitds.data.Sources.identity).
 
     Raises:
         UserError: on every rank: hosts differ in versions, in vitds itself, in the run file or in the data; the output

@@ -6,8 +6,8 @@ from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.order import order
 from vitds.data.randomness import augmentation_rng
 from vitds.data.section import DataSection, SourceSection
-from vitds.data.source import Source, images_of
-from vitds.data.sources import SOURCES, build_source, build_sources
+from vitds.data.source import Source
+from vitds.data.sources import SOURCES, Sources, build_source, build_sources
 from vitds.data.transforms import TRANSFORMS
 
 __all__ = [
@@ -20,12 +20,12 @@ __all__ = [
     "EvalLoader",
     "Source",
     "SourceSection",
+    "Sources",
     "TooManyBad",
     "TrainLoader",
     "augmentation_rng",
     "build_source",
     "build_sources",
-    "images_of",
     "order",
     "to_model_range",
 ]

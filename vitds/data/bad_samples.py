@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from vitds import dist
 from vitds.data.sources import Role
@@ -76,7 +76,7 @@ class BadSamples:
 
     def row(self, role: Role) -> dict[str, float]:
         """For the metrics: how many have been found in this run; the same on all ranks after `share`."""
-        name = "data/bad_samples" if role == "train" else "data/bad_samples_eval"
+        name = "data/bad_samples" if role == "train" else f"data/bad_samples_{role}"
         return {name: float(sum(its_role == role for its_role, _ in self._known))}
 
     def meet(self, role: Role, met: Sequence[BadSample]) -> None:
@@ -118,8 +118,7 @@ class BadSamples:
         self._named += len(samples)
 
     def _check(self) -> None:
-        roles: tuple[Role, ...] = ("train", "eval")
-        for role in roles:
+        for role in get_args(Role):
             found = [bad for (its_role, _), bad in self._known.items() if its_role == role]
             if len(found) > self.cap:
                 raise TooManyBad(

@@ -132,16 +132,17 @@ class EvalLoader:
         rank: int,
         world_size: int,
         bad: BadSamples | None = None,
+        role: Role = "eval",
     ) -> None:
-        images = build_images(source, section, "eval", image_size, num_classes)
-        self._section = section
+        images = build_images(source, section, role, image_size, num_classes)
+        self._section, self._role = section, role
         self._batches = EvalBatches(images, batch=batch, rank=rank, world_size=world_size)
         self.bad = bad or BadSamples(section.max_bad_samples)
 
     @property
     def bad_samples(self) -> list[BadSample]:
         """The unusable images met so far, each once; they count for nothing in the evaluation."""
-        return self.bad.found("eval")
+        return self.bad.found(self._role)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -150,7 +151,7 @@ class EvalLoader:
         items = _items(self._batches, range(len(self)), self._section, held=1)
         try:
             for item in items:
-                yield _checked(item, self._batches.layout, "eval", self.bad)
+                yield _checked(item, self._batches.layout, self._role, self.bad)
         finally:
             items.close()
 
@@ -188,9 +189,10 @@ def build_images(source: Source, section: DataSection, role: Role, image_size: i
         UserError: classes that the model does not have, or mistakes in the list of transforms.
     """
     check_classes(source, num_classes, role)
-    own: SourceSection | None = getattr(section, role)
+    prepared_as: Role = "train" if role == "train" else "eval"
+    own: SourceSection | None = getattr(section, prepared_as)
     spec = own.transforms if own is not None else None
     if spec is None:
         spec = TRAIN_DEFAULT if role == "train" else eval_default(image_size)
-    transforms = build_transforms(spec, image_size, f"vitds.data.{role}.transforms")
+    transforms = build_transforms(spec, image_size, f"vitds.data.{prepared_as}.transforms")
     return Images(source, transforms, role, image_size, num_classes, section.max_bad_samples)

@@ -73,8 +73,9 @@ class Images:
         pixels = np.asarray(picture)
         size = self.image_size
         if pixels.shape[:2] != (size, size):
+            section = "train" if self.role == "train" else "eval"  # a minival's are the evaluation's
             raise UserError(
-                f"vitds.data.{self.role}.transforms: {key} comes out {pixels.shape[0]}×{pixels.shape[1]}, "
+                f"vitds.data.{section}.transforms: {key} comes out {pixels.shape[0]}×{pixels.shape[1]}, "
                 f'the model takes {size}×{size}; add "resize" or give the size'
             )
         return pixels, label

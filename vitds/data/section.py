@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vitds.data.minival import check_minival
 from vitds.data.sources import SOURCES
 from vitds.data.transforms import check_transforms, eval_default
 from vitds.errors import UserError, one_of
@@ -84,6 +85,11 @@ class DataSection:
     train: SourceSection = key(doc="The training images.")
     eval: SourceSection | None = key(None, "The images of the evaluation; none, no evaluation.")
     order: OrderSection = key(OrderSection(), "The order of the training stream.")
+    minival: float = key(
+        0.0,
+        "Training images that are not trained on but evaluated (minival/…): below 1 a share of them, from 1 on their number; the "
+        "same ones whatever the seed.",
+    )
     mixup: float = key(0.0, "Mixup: p of the Beta(p, p) from which each step draws its mixing weight; 0 mixes nothing.")
     num_workers: int = key(0, "Processes per rank that prepare images; 0 prepares them in the training process.")
     prefetch: int = key(2, "Micro-batches that each worker keeps ready.")
@@ -92,6 +98,7 @@ class DataSection:
     )
 
     def __post_init__(self) -> None:
+        check_minival(self.minival)
         check_least("vitds.data", self, mixup=0, num_workers=0, prefetch=1, max_bad_samples=0)
 
     def eval_edge(self, image_size: int) -> int:

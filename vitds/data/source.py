@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -76,9 +76,3 @@ class Source(ABC):
 def classes_of(label: Label) -> list[int]:
     """The classes that a label names, whether it is one or a list of them."""
     return label if isinstance(label, list) else [label]
-
-
-def images_of(train: Source, evaluation: Source | None) -> dict[str, dict[str, Any]]:
-    """By role, the number and the digest of the images: what a run keeps to know them again."""
-    sources = {"train": train, **({"eval": evaluation} if evaluation is not None else {})}
-    return {role: {"images": len(source), "digest": source.digest()} for role, source in sources.items()}

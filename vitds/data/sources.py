@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vitds import dist
 from vitds.data.digits import Digits
 from vitds.data.exclusion import leave_out
 from vitds.data.folder import Folder
 from vitds.data.hf import HuggingFace
+from vitds.data.minival import hold_out
 from vitds.data.source import Source
 from vitds.data.synthetic import Synthetic
 from vitds.data.tar import Tar
@@ -19,7 +20,22 @@ from vitds.json_files import say
 if TYPE_CHECKING:
     from vitds.data.section import DataSection, SourceSection
 
-Role = Literal["train", "eval"]
+Role = Literal["train", "eval", "minival"]
+"""What images are for. A minival's are prepared as those of the evaluation are."""
+
+
+class Sources(NamedTuple):
+    """The images of a run."""
+
+    train: Source
+    eval: Source | None = None
+    minival: Source | None = None
+    """Images of the training set that are not trained on."""
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """By role, the number and the digest of the images: what a run keeps to know them again."""
+        sources = {role: source for role, source in self._asdict().items() if source is not None}
+        return {role: {"images": len(source), "digest": source.digest()} for role, source in sources.items()}
 
 
 SOURCES: dict[str, type[Source]] = {
@@ -57,11 +73,12 @@ def build_source(section: SourceSection, role: Role) -> Source:
     return built if section.exclude is None else leave_out(built, section.exclude, f"vitds.data.{role}.exclude")
 
 
-def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Source | None]:
-    """The training and the evaluation source, both fit for a model of `num_classes`.
+def build_sources(section: DataSection, num_classes: int) -> Sources:
+    """The sources of all roles, fit for a model of `num_classes`.
 
     Raises:
-        UserError: as `build_source`; more classes than the model has, or labels; the two name their classes differently.
+        UserError: as `build_source`; more classes than the model has, or labels; two name their classes differently; a minival of
+            all images.
     """
     train = build_source(section.train, "train")
     check_classes(train, num_classes, "train")
@@ -71,8 +88,9 @@ def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Sourc
             f"vitds: vitds.data.order: windowed, but {alike}: batches will be of few classes. Pack the images shuffled, as "
             "`vitds data pack` does, or take the full order"
         )
+    train, minival = hold_out(train, section.minival)
     if section.eval is None:
-        return train, None
+        return Sources(train, None, minival)
     evaluation = build_source(section.eval, "eval")
     check_classes(evaluation, num_classes, "eval")
     _check_labels(evaluation, num_classes, "eval", section.max_bad_samples)
@@ -84,7 +102,7 @@ def build_sources(section: DataSection, num_classes: int) -> tuple[Source, Sourc
             "vitds.data.train and vitds.data.eval number their classes differently; "
             f"only in train: {_some(only_train)}; only in eval: {_some(only_eval)}"
         )
-    return train, evaluation
+    return Sources(train, evaluation, minival)
 
 
 def stored_by_class(source: Source, places: int = 32) -> str:
