@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+
+from vitds.pictures import orientation, upright_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's decoders that may run, whatever a file is called: others shell out (EPS) or are seldom images at all."""
@@ -14,17 +15,6 @@ MAX_PIXELS = 89_478_485
 DRAFT_GAP = 2.0
 """A JPEG that is to be made smaller is decoded no smaller than this many times the size wanted: what the filter makes
 of it then differs by a fraction of a grey level (docs/data.md, "Speed")."""
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What makes a stored picture upright, by EXIF orientation."""
-
 Box = tuple[float, float, float, float]
 """(left, top, width, height) in pixels."""
 
@@ -38,7 +28,7 @@ class LazyJpeg:
 
     def __init__(self, image: JpegImagePlugin.JpegImageFile) -> None:
         self._image = image
-        self._orientation = _orientation(image)
+        self._orientation = orientation(image)
         width, height = image.size
         self.size = (height, width) if self._orientation >= 5 else (width, height)
         """Width and height, upright."""
@@ -99,7 +89,7 @@ def decode_lazily(data: bytes) -> Image.Image | LazyJpeg:
     return LazyJpeg(image) if isinstance(image, JpegImagePlugin.JpegImageFile) else _loaded(image)
 
 
-def _loaded(image: Image.Image, orientation: int | None = None) -> Image.Image:
+def _loaded(image: Image.Image, turned: int | None = None) -> Image.Image:
     """Decoded, upright and RGB."""
     try:
         image.load()
@@ -107,27 +97,4 @@ def _loaded(image: Image.Image, orientation: int | None = None) -> Image.Image:
         raise
     except Exception as error:
         raise Unusable(f"{type(error).__name__}: {error}") from error
-    turn = TURNS.get(_orientation(image) if orientation is None else orientation)
-    return _rgb(image if turn is None else image.transpose(turn))
-
-
-def _orientation(image: Image.Image) -> int:
-    """1 to 8, as EXIF or XMP says; 1 where they say nothing that can be read: the pixels are sound all the same."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in TURNS else 1
-    except Exception:  # as many kinds as there are ways to write EXIF wrongly
-        return 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255.
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return upright_rgb(image, turned)

@@ -19,7 +19,7 @@ from vitds.data.section import DataSection, SourceSection
 from vitds.data.skips import merged
 from vitds.data.source import Source
 from vitds.data.sources import Role, check_classes
-from vitds.data.transforms import TRAIN_DEFAULT, build_transforms, eval_default
+from vitds.data.transforms import TRAIN_DEFAULT, Transform, build_transforms, eval_default
 from vitds.errors import UserError
 
 COPIED_AHEAD = ("cuda",)
@@ -118,7 +118,7 @@ class EvalLoader:
     """This rank's share of an evaluation: over all ranks every image exactly once, `len` batches on every rank.
 
     Undecodable images count as not real, and are listed; iterating again starts anew. Where there are workers and no
-    GPU, a batch is there until the next one is asked for.
+    GPU, a batch is there until the next one is asked for. Transforms that are given take the place of the section's.
     """
 
     def __init__(
@@ -133,8 +133,9 @@ class EvalLoader:
         world_size: int,
         bad: BadSamples | None = None,
         role: Role = "eval",
+        transforms: Sequence[Transform] | None = None,
     ) -> None:
-        images = build_images(source, section, role, image_size, num_classes)
+        images = build_images(source, section, role, image_size, num_classes, transforms)
         self._section, self._role = section, role
         self._batches = EvalBatches(images, batch=batch, rank=rank, world_size=world_size)
         self.bad = bad or BadSamples(section.max_bad_samples)
@@ -182,13 +183,22 @@ def _checked(item: Item, layout: Layout, role: Role, bad: BadSamples) -> Batch:
     return layout.batch(memory, prepared.positions)
 
 
-def build_images(source: Source, section: DataSection, role: Role, image_size: int, num_classes: int) -> Images:
-    """The source's images as the model takes them in this role.
+def build_images(
+    source: Source,
+    section: DataSection,
+    role: Role,
+    image_size: int,
+    num_classes: int,
+    transforms: Sequence[Transform] | None = None,
+) -> Images:
+    """The source's images as the model takes them in this role, by the section's transforms or those that are given.
 
     Raises:
         UserError: classes that the model does not have, or mistakes in the list of transforms.
     """
     check_classes(source, num_classes, role)
+    if transforms is not None:
+        return Images(source, transforms, role, image_size, num_classes, section.max_bad_samples)
     prepared_as: Role = "train" if role == "train" else "eval"
     own: SourceSection | None = getattr(section, prepared_as)
     spec = own.transforms if own is not None else None

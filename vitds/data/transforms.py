@@ -23,6 +23,7 @@ from PIL import Image
 
 from vitds.data.images import Box, LazyJpeg
 from vitds.errors import UserError, nearest, one_of
+from vitds.pictures import middle, shorter_edge_to
 
 Picture = np.ndarray | Image.Image
 Transform = Callable[[Any, np.random.Generator], Picture]
@@ -89,14 +90,12 @@ def resize(image: Picture | LazyJpeg, rng: np.random.Generator, *, size: int) ->
 def resize_small(image: Picture | LazyJpeg, rng: np.random.Generator, *, size: int) -> Picture:
     """The shorter edge to `size`, the longer to round(longer · size / shorter)."""
     width, height = _width_height(image)
-    shorter = min(width, height)
-    return _resize(image, (0, 0, width, height), round(width * size / shorter), round(height * size / shorter))
+    return _resize(image, (0, 0, width, height), *shorter_edge_to(width, height, size))
 
 
 def central_crop(image: Picture, rng: np.random.Generator, *, size: int) -> Picture:
     """The middle size × size, from row floor((H − size)/2) and column floor((W − size)/2)."""
-    width, height = _width_height(image)
-    return _crop(image, max(0, (width - size) // 2), max(0, (height - size) // 2), min(size, width), min(size, height))
+    return _crop(image, *middle(*_width_height(image), size))
 
 
 def random_crop(image: Picture, rng: np.random.Generator, *, size: int) -> Picture:

@@ -7,22 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import to_pil_image
 from transformers.utils import TensorType
 
 from vitds.errors import UserError
+from vitds.pictures import middle, shorter_edge_to, upright_rgb
 
 
 class VitdsImageProcessor(BaseImageProcessor):
-    """Shortest edge to `size`, centre crop to `crop_size`, values to [−1, 1]; what evaluation in training does.
+    """Resize, centre crop to `crop_size`, values to [−1, 1]; bit for bit what evaluation in training does.
 
     Args:
         crop_size: side of the result in pixels: 224 or {"height": 224, "width": 224}.
-        size: shortest edge before the crop: 256 or {"shortest_edge": 256}; by default crop_size · 256/224.
+        size: before the crop. 256 or {"shortest_edge": 256}: the shorter edge to that, the aspect ratio kept;
+            {"height": 256, "width": 256}: to that square, whatever the aspect ratio was; by default the shorter edge to
+            crop_size · 256/224.
+        do_resize: False to crop alone; an image smaller than the crop is then refused.
         resample: Pillow's filter, by number or name; always antialiased.
         rescale_factor, image_mean, image_std: value = (pixel · rescale_factor − mean) / std per channel.
+        evaluation_transforms: what evaluation in training did, where that is not what is done here; for the reader.
 
     Raises:
         UserError: a crop larger than the resized image, or an unknown filter.
@@ -38,17 +43,19 @@ class VitdsImageProcessor(BaseImageProcessor):
         rescale_factor: float = 1 / 255,
         image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        do_resize: bool = True,
+        evaluation_transforms: list[Any] | None = None,
         **others: Any,
     ) -> None:
         super().__init__(**others)
         crop = crop_size if isinstance(crop_size, int) else crop_size["height"]
         if size is None:
             size = round(crop * 256 / 224)
-        edge = size if isinstance(size, int) else size["shortest_edge"]
-        if edge < crop:
-            raise UserError(f"size: a shortest edge of {edge} is too small for a crop of {crop}; at least {crop}")
-        self.size = {"shortest_edge": edge}
+        self.size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
         self.crop_size = {"height": crop, "width": crop}
+        self.do_resize = do_resize
+        if do_resize and (edge := min(self.size.values())) < crop:
+            raise UserError(f"size: a shortest edge of {edge} is too small for a crop of {crop}; at least {crop}")
         try:
             self.resample = int(Image.Resampling[resample.upper()] if isinstance(resample, str) else resample)
             Image.Resampling(self.resample)
@@ -58,24 +65,48 @@ class VitdsImageProcessor(BaseImageProcessor):
         self.rescale_factor = rescale_factor
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        if evaluation_transforms is not None:
+            self.evaluation_transforms = evaluation_transforms
 
     def preprocess(self, images: Any, return_tensors: str | TensorType | None = None) -> BatchFeature:
         """Pillow images, arrays or tensors, one or many, of any size and mode, to `pixel_values` (B, 3, S, S) fp32."""
         prepared = [self._prepared(image) for image in _each(images)]
         return BatchFeature(data={"pixel_values": prepared}, tensor_type=return_tensors)
 
+    def fitted(self, picture: Image.Image | np.ndarray, rng: Any = None) -> Image.Image:
+        """The square of `crop_size` that is seen of an upright picture, RGB or grey; a transform of vitds.data.
+
+        Raises:
+            UserError: without a resize, an image smaller than the crop.
+        """
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(np.ascontiguousarray(picture))
+        if self.do_resize:
+            picture = picture.resize(self._resized(*picture.size), Image.Resampling(self.resample))
+        crop = self.crop_size["height"]
+        if min(picture.size) < crop:
+            raise UserError(
+                f"an image of {picture.width}×{picture.height} pixels is smaller than the {crop}×{crop} that the model sees, "
+                "and its images are not resized (do_resize in preprocessor_config.json)"
+            )
+        left, top, width, height = middle(*picture.size, crop)
+        return picture.crop((left, top, left + width, top + height))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        edge = self.size.get("shortest_edge")
+        return (self.size["width"], self.size["height"]) if edge is None else shorter_edge_to(width, height, edge)
+
+    @property
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """(scale, shift), fp32 (3,) each: a pixel p of a channel becomes p / scale − shift. By default 127.5 and 1, and that in
+        fp32, as in training: a product with 1/255 would be another number in the last bit."""
+        mean, std = np.asarray(self.image_mean), np.asarray(self.image_std)
+        return (std / self.rescale_factor).astype(np.float32), (mean / std).astype(np.float32)
+
     def _prepared(self, image: Any) -> np.ndarray:
-        picture = rgb(as_picture(image))
-        edge, crop = self.size["shortest_edge"], self.crop_size["height"]
-        width, height = picture.size
-        shorter = min(width, height)
-        picture = picture.resize(
-            (round(width * edge / shorter), round(height * edge / shorter)), Image.Resampling(self.resample)
-        )
-        left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
-        pixels = np.asarray(picture.crop((left, top, left + crop, top + crop)), dtype=np.float64)
-        values = (pixels * self.rescale_factor - self.image_mean) / self.image_std  # (S, S, 3)
-        return np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32)
+        pixels = np.asarray(self.fitted(upright_rgb(as_picture(image))), dtype=np.float32)
+        scale, shift = self.levels
+        return np.ascontiguousarray((pixels / scale - shift).transpose(2, 0, 1))  # (3, S, S)
 
 
 def _each(images: Any) -> Iterator[Any]:
@@ -89,20 +120,9 @@ def _each(images: Any) -> Iterator[Any]:
 def as_picture(image: Any) -> Image.Image:
     """A Pillow image of an array or tensor: (H, W), (H, W, C) or (C, H, W), of bytes or of fractions of one."""
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        image.load()  # what an image's end says of its orientation is known only then
+        return image
     array = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
     if array.ndim == 2:
         array = array[..., None]
     return to_pil_image(array)
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16-bit grey keeps its high byte, what is transparent shows white (as in training)."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255.
-        values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

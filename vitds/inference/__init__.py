@@ -1,0 +1,1 @@
+"""What a trained model is for: verbs that open one and show it images."""
