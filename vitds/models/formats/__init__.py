@@ -4,6 +4,8 @@ from vitds.errors import UserError
 from vitds.models.formats.big_vision import BigVision
 from vitds.models.formats.ours import Ours
 from vitds.models.formats.outline import Outline, config_of, description, our_shapes
+from vitds.models.formats.siglip import Siglip
+from vitds.models.formats.timm import Timm
 from vitds.models.formats.words import Conversion, Format, Part, Piece, Shapes
 
 __all__ = [
@@ -20,7 +22,7 @@ __all__ = [
     "our_shapes",
 ]
 
-FORMATS: dict[str, Format] = {each.name: each for each in (Ours(), BigVision())}
+FORMATS: dict[str, Format] = {each.name: each for each in (Ours(), BigVision(), Siglip(), Timm())}
 """Every format by name; the first that recognises the names is taken."""
 
 

@@ -55,15 +55,21 @@ class Siglip:
         """Heads, image size and classes' names of SiglipConfig's or SiglipVisionConfig's JSON.
 
         Raises:
-            UserError: another activation or epsilon than ours, which no conversion of weights can make up for.
+            UserError: images that are not square, another activation or epsilon than ours, which no conversion of weights can make up for.
         """
         if saved.get("model_type") not in ("siglip", "siglip_vision_model"):
             return {}
-        vision = saved.get("vision_config", saved)
+        vision = saved["vision_config"] if isinstance(saved.get("vision_config"), Mapping) else saved
         for name, ours in (("hidden_act", ACTIVATION), ("layer_norm_eps", EPSILON), ("num_channels", 3)):
             if vision.get(name, ours) != ours:
                 raise UserError(f"config.json: {name} is {vision[name]!r}; this model computes with {ours!r}")
-        told = {"num_heads": vision.get("num_attention_heads", 12), "image_size": vision.get("image_size", 224)}
+        told: dict[str, Any] = {
+            "num_heads": vision.get("num_attention_heads", 12),
+            "image_size": vision.get("image_size", 224),
+        }
+        for name, value in told.items():
+            if type(value) is not int or value < 1:
+                raise UserError(f"config.json: {name} is {value!r}, a number was expected")
         names = saved.get("id2label")
         if "SiglipForImageClassification" in (saved.get("architectures") or ()) and names:
             told["id2label"] = {int(number): label for number, label in names.items()}
@@ -132,8 +138,8 @@ def _table(outline: Outline, prefix: str) -> Iterator[Tie]:
         for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
             rows = (part * width, (part + 1) * width)
             for end, shape in (("weight", (width, width)), ("bias", (width,))):
-                theirs, ours = Piece(f"{layer}.self_attn.{name}.{end}"), Piece(f"{block}.attn.qkv.{end}", rows)
-                yield Tie(theirs, ours, shape, shape)
+                there, here = Piece(f"{layer}.self_attn.{name}.{end}"), Piece(f"{block}.attn.qkv.{end}", rows)
+                yield Tie(there, here, shape, shape)
         yield from whole(f"{layer}.self_attn.out_proj", f"{block}.attn.proj")
         yield from whole(f"{layer}.layer_norm2", f"{block}.norm2")
         for name in ("fc1", "fc2"):
@@ -168,7 +174,7 @@ def siglip_config(config: ViTConfig) -> dict[str, Any]:
     }  # fmt: skip
     if not classified:
         return {"architectures": ["SiglipVisionModel"], **vision}
-    labels = {str(number): config.id2label[number] for number in range(config.num_classes)}
+    labels = {str(number): str(label) for number, label in (config.id2label or {}).items()}
     return {
         "architectures": ["SiglipForImageClassification"], "model_type": "siglip", "vision_config": vision,
         "id2label": labels, "label2id": {label: int(number) for number, label in labels.items()},
