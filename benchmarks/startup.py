@@ -84,7 +84,7 @@ def watched() -> None:
     watch(vitds.zero.TrainingEngine, "__init__", then=ends("engine"))
     watch(vitds.data.TrainLoader, "__next__", then=ends("data"))
     watch(vitds.zero.TrainingEngine, "step", then=stepped)
-    watch(vitds.evaluation, "evaluate_each", then=aside)
+    watch(vitds.evaluation.Evaluations, "measure", then=aside)
     watch(vitds.checkpoint.state.RunState, "save", then=aside)
     if os.environ.get("RANK", "0") == "0":
         watch(vitds.checkpoint.state.RunState, "finish", then=written)

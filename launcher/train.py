@@ -13,9 +13,9 @@ from vitds.checkpoint.state import Progress, RunState
 from vitds.cluster.preflight import preflight
 from vitds.cluster.watch import Stragglers, Watch
 from vitds.config import Plan, RunFile, load_run_file, prepare
-from vitds.data import BadSamples, Batch, EvalLoader, TooManyBad, TrainLoader, to_model_range
+from vitds.data import BadSamples, Batch, TooManyBad, TrainLoader, to_model_range
 from vitds.errors import Preempted, Stopped
-from vitds.evaluation import evaluate_each
+from vitds.evaluation import Evaluations
 from vitds.guard import Guard
 from vitds.interruption import Interruption, outlive_the_console
 from vitds.launched import adopt
@@ -49,7 +49,7 @@ def main() -> None:
 
 def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption, watch: Watch, asked: Window) -> None:
     """Engine, state, and all steps from where the run is to its end."""
-    part, model, every, (train_source, eval_source, _) = run.vitds, plan.model, plan.lengths, plan.sources
+    part, model, every, sources = run.vitds, plan.model, plan.lengths, plan.sources
     config, total, schedule = model.config, every.total, every.schedule
     engine = TrainingEngine(model, plan.groups, run.optimizer, run.deepspeed, run.accumulation)
     execute_as(part.train, model, engine.device)
@@ -63,7 +63,7 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption,
     def go_on() -> tuple[Progress, TrainLoader, Guard, str]:
         progress, origin = state.restore(part.init_from)  # own checkpoint, else init_from, else from scratch
         guard = Guard(part.guard, engine.dtype == torch.float16, progress.losses, rollbacks=len(directory.skips))
-        loader = TrainLoader(train_source, part.data, position=progress.position, skipped=progress.skipped, **stream)
+        loader = TrainLoader(sources.train, part.data, position=progress.position, skipped=progress.skipped, **stream)
         return progress, loader, guard, origin
 
     progress, loader, guard, origin = go_on()
@@ -71,22 +71,20 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption,
     dist.together(lambda: directory.write_config(run.resolved, plan.images))
     logged = (directory, run.monitors, total, run.global_batch, progress.step, run.resolved)
     recorder = dist.together(lambda: Recorder(*logged))
-    held_out = EvalLoader(eval_source, part.data, batch=run.micro_batch, **shared) if eval_source else None
+    measured = (engine, sources, plan.probes, part.data, part.fewshot, every, state.evaluated, watch.during)
+    evaluations = Evaluations(*measured, loss=config.loss, batch=run.micro_batch, **shared)
     speed = Speedometer(flops_per_image(config), dist.world_size(), engine.dtype, engine.device, part.train)
     slow = Stragglers(part.cluster, engine.device, engine.stage)
     profile = StepProfile(asked, directory, engine.device, recorder.say, progress.step, total)
-    said = (describe(plan.groups), engine.describe(), state.describe(), speed.describe())
+    said = (describe(plan.groups), engine.describe(), state.describe(), speed.describe(), evaluations.remarks)
     recorder.say("\n".join([*filter(None, said), f"{origin}: step {progress.step} of {total}"]))
     directory.started(progress.step, origin)
 
     try:
         while True:
             with speed.paused():
-                if held_out and every.due(every.evaluate, progress.step) and progress.evaluated != progress.step:
-                    with watch.during("evaluation"):
-                        progress.evaluation = evaluate_each(engine, held_out, config.loss, edge, state.evaluated())
-                    progress.evaluated = progress.step
-                    recorder.record(progress.step, progress.evaluation | bad.row("eval"))
+                if figures := evaluations.measure(progress, edge):
+                    recorder.record(progress.step, figures)
                 if every.due(every.save, progress.step):
                     state.save(progress, safe=guard.reach(progress, run.global_batch))
             if progress.step == total:

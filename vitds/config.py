@@ -19,15 +19,17 @@ from vitds.checkpoint.retention import CheckpointSection
 from vitds.cluster.section import ClusterSection, check_world_size
 from vitds.data import DataSection, Sources, SourceSection, build_sources
 from vitds.errors import UserError
+from vitds.evaluation import FewshotSection, ProbeSet, open_sets
 from vitds.guard import GuardSection
 from vitds.json_files import override, read_object, walk
+from vitds.lengths import Lengths
 from vitds.metrics import MonitorSections, monitor_sections
 from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config, check_compile_mode
 from vitds.optim import OPTIMIZERS, LayoutOptimizer, check_optimizer
 from vitds.optim.groups import Group, build_groups
 from vitds.planning.refusal import refuse_what_cannot_fit, room_here
 from vitds.planning.workload import workload_of
-from vitds.schedules import Schedule, SchedulerSection, build_schedule
+from vitds.schedules import SchedulerSection, build_schedule
 from vitds.sections import key, parse, to_json, typed
 from vitds.train_section import TrainSection
 from vitds.zero.buckets import fit_buckets
@@ -65,6 +67,7 @@ class VitdsSection:
     )
     train: TrainSection = key(TrainSection(), "Length, seed and intervals.")
     checkpoint: CheckpointSection = key(CheckpointSection(), "When to save and what to keep.")
+    fewshot: FewshotSection = key(FewshotSection(), "How well few images per class can be told apart by the features.")
     guard: GuardSection = key(GuardSection(), "What to do about losses and gradients that are not finite.")
     ema: EmaSection = key(EmaSection(), "An average of the weights beside them.")
     init_from: InitFromSection | None = key(None, "Weights or a whole state to start from.")
@@ -73,26 +76,6 @@ class VitdsSection:
         [], "Modules imported first; they may add to vitds.optim.OPTIMIZERS and the other registries."
     )
     cluster: ClusterSection = key(ClusterSection(), "World sizes allowed; hangs and slow ranks.")
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """The run file's lengths in optimizer steps; an interval of 0 is never (evaluation and saving: at the end only)."""
-
-    total: int
-    log: int
-    evaluate: int
-    diagnose: int
-    save: int
-    schedule: Schedule
-
-    def due(self, interval: int, step: int) -> bool:
-        """Whether what is done at an interval is done after `step` updates; at the end it always is."""
-        return step == self.total or (interval > 0 < step and step % interval == 0)
-
-    def diagnosed(self, step: int) -> bool:
-        """Whether the update that makes `step` updates is looked at more closely; the last one is like any other."""
-        return self.diagnose > 0 and step % self.diagnose == 0
 
 
 @dataclass(frozen=True)
@@ -119,12 +102,12 @@ class RunFile:
         Raises:
             UserError: a schedule that does not fit into the run.
         """
-        train, known = self.vitds.train, {"global_batch": self.global_batch, "images_per_epoch": images_per_epoch}
-        total = train.total.to_steps(**known)
-        every = (train.log_every, train.eval_every, train.diagnostics_every, self.vitds.checkpoint.every)
-        log, evaluate, diagnose, save = (length.to_steps(**known, total_steps=total) for length in every)
+        part, known = self.vitds, {"global_batch": self.global_batch, "images_per_epoch": images_per_epoch}
+        train, total = part.train, part.train.total.to_steps(**known)
+        every = (train.log_every, train.eval_every, part.fewshot.every, train.diagnostics_every, part.checkpoint.every)
+        log, evaluate, probe, diagnose, save = (length.to_steps(**known, total_steps=total) for length in every)
         schedule = build_schedule(self.scheduler, total_steps=total, **known)
-        return Lengths(total, max(1, log), evaluate, diagnose, save, schedule)
+        return Lengths(total, max(1, log), evaluate, probe, diagnose, save, schedule)
 
 
 def load_run_file(path: str, overrides: list[str] | None = None, *, world_size: int | None = 1) -> RunFile:
@@ -160,6 +143,8 @@ class Plan(NamedTuple):
     """Prepares images as the evaluation does."""
     images: dict[str, dict[str, Any]]
     """By role, what tells these images from others."""
+    probes: list[ProbeSet]
+    """The few-shot sets."""
 
 
 def prepare(run: RunFile, *, forecast: bool = False) -> Plan:
@@ -170,7 +155,7 @@ def prepare(run: RunFile, *, forecast: bool = False) -> Plan:
 
     Raises:
         UserError: data that is not there, a schedule that does not fit, a pattern that matches nothing, an optimizer
-            that ZeRO would change, a run that plainly needs more memory than there is.
+            that ZeRO would change, few-shot sets that cannot be drawn from, a run that plainly needs more memory than there is.
     """
     part = run.vitds
     sources = build_sources(part.data, part.model.num_classes)
@@ -188,7 +173,8 @@ def prepare(run: RunFile, *, forecast: bool = False) -> Plan:
         kind, memory_bytes, whose = room_here()
         refuse_what_cannot_fit(workload_of(run, kind, model), dist.world_size(), memory_bytes, whose)
     processor = VitdsImageProcessor(part.model.image_size, part.data.eval_edge(part.model.image_size))
-    return Plan(sources, lengths, groups, model, processor, sources.identity())
+    probes = open_sets(part.fewshot, part.model.image_size)
+    return Plan(sources, lengths, groups, model, processor, sources.identity(), probes)
 
 
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

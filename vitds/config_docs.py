@@ -33,27 +33,38 @@ def config_docs() -> str:
         "DeepSpeed's keys stand at the top level, in DeepSpeed's words; what follows is read by vitds. Made by `make docs` from the",
         "sections' own dataclasses. A length may be written in steps, images, epochs or percent of the run, exactly one of them.",
     ]
-    lines += _section(VitdsSection, "vitds")
-    lines += _section(MonitorSections, "")
+    shown: dict[Any, str] = {}
+    lines += _section(VitdsSection, "vitds", shown)
+    lines += _section(MonitorSections, "", shown)
     for name, cls in SCHEDULES.items():
-        lines += _section(cls, f'scheduler.params of type "{name}"', leaf=True)
+        lines += _section(cls, f'scheduler.params of type "{name}"', shown, leaf=True)
     return "\n".join(lines)
 
 
-def _section(cls: Any, path: str, leaf: bool = False) -> list[str]:
+def _section(cls: Any, path: str, shown: dict[Any, str], leaf: bool = False) -> list[str]:
+    """A section's table and those of the sections within it; one that is `shown` at another path is named by that."""
+    shown[cls] = path
     hints = typing.get_type_hints(cls)
     rows, inner = [], []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         nested = next((option for option in (hint, *typing.get_args(hint)) if _is_section(option)), None)
         if nested is not None:
-            inner += _section(nested, f"{path}.{field.name}" if path else field.name)
+            place = f"{path}.{field.name}" if path else field.name
+            if typing.get_origin(hint) is dict:
+                place += ".NAME"
+            if nested in shown:
+                rows.append(
+                    f"| `{field.name}` | {_default(field)} | {field.metadata['doc']} Keys as in {shown[nested]}. |"
+                )
+            else:
+                inner += _section(nested, place, shown)
             continue
         names = json_names(field, hint)
-        shown = f"`{names[0]}`" if len(names) == 1 else f"`{field.name}_*`"
+        word = f"`{names[0]}`" if len(names) == 1 else f"`{field.name}_*`"
         choices = field.metadata.get("choices")
         doc = field.metadata.get("doc", "") + (f" One of {', '.join(map(str, choices))}." if choices else "")
-        rows.append(f"| {shown} | {_default(field)} | {doc} |")
+        rows.append(f"| {word} | {_default(field)} | {doc} |")
     summary = (cls.__doc__ or "").strip().splitlines()[0] if leaf or rows else ""
     own = ["", f"## {path}", "", summary, "", "| key | default | meaning |", "|---|---|---|", *rows] if rows else []
     return own + inner

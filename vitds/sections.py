@@ -124,11 +124,17 @@ def to_json(section: Any) -> dict[str, Any]:
         value = getattr(section, field.name)
         if isinstance(value, Duration):
             out[f"{field.name}_{value.unit}"] = value.value
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            out[field.name] = to_json(value)
         elif value is not None:
-            out[field.name] = value
+            out[field.name] = _to_json(value)
     return out
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_json(value)
+    if isinstance(value, dict):
+        return {word: _to_json(item) for word, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_duration(hint: Any) -> bool:

@@ -259,12 +259,12 @@ class RunState:
         return progress, origin
 
     def evaluated(self) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        """The weights that are to be evaluated: the prefix of their metrics' names, and a context in which they are the
-        engine's."""
+        """The weights that are to be evaluated: what their metrics' names have behind the first word ("" or "_ema"), and a
+        context in which they are the engine's."""
         if self.ema is None or self._ema_section.evaluate != "ema":
-            yield "eval", nullcontext()
+            yield "", nullcontext()
         if self.ema is not None and self._ema_section.evaluate != "weights":
-            yield "eval_ema", self.ema.exchanged(self.engine.refresh_weights)
+            yield "_ema", self.ema.exchanged(self.engine.refresh_weights)
 
     def describe(self) -> str:
         """What one save costs here, measured by writing a little; a warning where a preemption would not leave the time."""

@@ -49,6 +49,9 @@ class Excluding(Source):
     def label(self, index: int) -> Label | Unusable:
         return self.source.label(int(self.stored([index])[0]))
 
+    def all_labels(self) -> np.ndarray:
+        return np.delete(self.source.all_labels(), self.excluded)
+
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         found = self.source.find(keys)
         at = np.fromiter(found.values(), dtype=np.int64, count=len(found))

@@ -72,6 +72,9 @@ class Folder(Source):
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def all_labels(self) -> np.ndarray:
+        return self.labels.astype(np.int64)
+
     def digest(self) -> str:
         """Of all names; what the files hold is not looked at."""
         found = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)

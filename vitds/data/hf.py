@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from vitds.data.class_names import ClassNumbers, read_class_names
 from vitds.data.hf_files import find_splits, load
 from vitds.data.images import Unusable
@@ -84,6 +86,12 @@ class HuggingFace(Source):
             (self._file(image), self._number(label), self.key(index))
             for index, image, label in zip(indices, images, labels, strict=True)
         ]
+
+    def all_labels(self) -> np.ndarray:
+        """As Source's, of the column of labels alone; no image is read."""
+        columns = (batch.column(self._label).to_pylist() for batch in self._data.data.to_batches())
+        numbers = (self._number(label) for column in columns for label in column)
+        return np.fromiter((one if isinstance(one, int) else -1 for one in numbers), np.int64, len(self))
 
     def count_labels_from(self, bound: int) -> int:
         if self._numbers is not None:

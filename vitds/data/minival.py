@@ -42,6 +42,9 @@ class Part(Source):
     def label(self, index: int) -> Label | Unusable:
         return self.source.label(int(self.included[index]))
 
+    def all_labels(self) -> np.ndarray:
+        return self.source.all_labels()[self.included]
+
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         found = self.source.find(keys)
         ours = {int(index): place for place, index in enumerate(self.included)}

@@ -57,6 +57,11 @@ class Source(ABC):
         """The label of image `index`."""
         return self.read(index)[1]
 
+    def all_labels(self) -> np.ndarray:
+        """The class of every image, int64 (N,), −1 where there is none; of a source with one label an image."""
+        found = (self.label(index) for index in range(len(self)))
+        return np.fromiter((label if isinstance(label, int) else -1 for label in found), np.int64, len(self))
+
     def count_labels_from(self, bound: int) -> int:
         """How many images have a label ≥ `bound`; 0 where it would take reading them all to know."""
         return 0

@@ -1,5 +1,7 @@
-"""What a model is worth: classification of a held-out set."""
+"""What a model is worth: classification of a held-out set, and the few-shot probe of its features."""
 
-from vitds.evaluation.classification import evaluate, evaluate_each
+from vitds.evaluation.classification import evaluate
+from vitds.evaluation.evaluations import Evaluations
+from vitds.evaluation.fewshot import FewshotSection, ProbeSet, open_sets
 
-__all__ = ["evaluate", "evaluate_each"]
+__all__ = ["Evaluations", "FewshotSection", "ProbeSet", "evaluate", "open_sets"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,18 +58,3 @@ def evaluate(
         f"{prefix}/loss": total_loss / images,
         f"{prefix}/images": images,
     }
-
-
-def evaluate_each(
-    engine: Any,
-    loader: EvalLoader,
-    loss: str,
-    between: Callable[[], None],
-    weights: Iterable[tuple[str, AbstractContextManager[None]]],
-) -> dict[str, float]:
-    """`evaluate` with each of the weights: (prefix, a context in which they are the engine's)."""
-    found: dict[str, float] = {}
-    for prefix, exchanged in weights:
-        with exchanged:
-            found |= evaluate(engine, loader, loss, between, prefix)
-    return found

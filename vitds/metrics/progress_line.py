@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import sys
 from typing import TextIO
 
@@ -24,9 +25,11 @@ class ProgressLine:
 
     def show(self, step: int, row: dict[str, float]) -> None:
         """What `row` holds of loss, learning rate, speed and gradient norm after `step` updates; other metrics of
-        evaluations get a line that stays."""
+        evaluations get a line that stays, but for those of single seeds."""
         measured = {
-            name: value for name, value in row.items() if not name.startswith(("train/", "perf/", "cluster/", "data/"))
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("train/", "perf/", "cluster/", "data/")) and not re.search(r"_seed\d+$", name)
         }
         if "train/loss" in row:
             line = self.line(step, row)
