@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 
 import vitds.checkpoint.directory
 from vitds.checkpoint import WeightsFile, newest_checkpoint, open_checkpoint, remove_leftovers
+from vitds.checkpoint.exchange.weights import open_weights
 from vitds.checkpoint.files import parse_json
-from vitds.checkpoint.load import open_weights
 from vitds.errors import UserError
 from vitds.layout import Shard
+from vitds.models import ViTConfig
+from vitds.models.formats import Outline, our_shapes
 
 DATA = "optimizer-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -235,21 +237,20 @@ def test_json_is_strict(text: bytes) -> None:
 
 def test_weights_to_start_from_are_cast_to_fp32(tmp_path: Path) -> None:
     path = tmp_path / "vit.safetensors"
-    stored = {
-        "a": torch.randn(3, 5).bfloat16(),
-        "b": torch.randn(7).half(),
-        "c": torch.randn(2, 2),
-        "ids": torch.arange(3),
-    }
+    config = ViTConfig(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=2, image_size=4, num_classes=3)
+    stored = {name: torch.randn(shape) for name, shape in our_shapes(Outline.of(config)).items()}
+    stored["pos_embed"], stored["head.bias"] = stored["pos_embed"].bfloat16(), stored["head.bias"].half()
+    stored["norm.bias"] = torch.arange(8)
     save_file(stored, path)
     weights = WeightsFile(path)
-    shards = [Shard(name, tuple(stored[name].shape), torch.zeros(4), 0 if name == "c" else 2) for name in "abc"]
+    starts = {"pos_embed": 2, "head.bias": 1, "norm.weight": 0}
+    shards = [Shard(name, tuple(stored[name].shape), torch.zeros(2), start) for name, start in starts.items()]
     weights.read_into(shards)
     for shard in shards:
-        assert torch.equal(shard.data, stored[shard.name].float().view(-1)[shard.start : shard.start + 4])
-    assert weights.read_tensor("a", 3).dtype == torch.float32
-    with pytest.raises(UserError, match=r"'ids' is torch\.int64 there"):
-        weights.read_tensor("ids")
+        assert torch.equal(shard.data, stored[shard.name].float().view(-1)[shard.start : shard.start + 2])
+    assert weights.read_tensor("pos_embed", 3).dtype == torch.float32
+    with pytest.raises(UserError, match=r"'norm\.bias' is torch\.int64 there"):
+        weights.read_tensor("norm.bias")
 
 
 def test_what_holds_no_weights_is_refused(tmp_path: Path) -> None:
@@ -427,9 +428,11 @@ def test_a_hugging_face_directory_may_be_of_links(tmp_path: Path) -> None:
     """Its cache keeps the files elsewhere; a checkpoint of ours that does so is refused (`test_corruption`)."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
-    save_file({"a": torch.ones(3)}, tmp_path / "blobs" / "0f")
+    config = ViTConfig(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=2, image_size=4, num_classes=0)
+    shapes = our_shapes(Outline.of(config))
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "blobs" / "0f")
     (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0f")
-    assert torch.equal(WeightsFile(tmp_path / "snapshot").read_tensor("a"), torch.ones(3))
+    assert torch.equal(WeightsFile(tmp_path / "snapshot").read_tensor("norm.bias"), torch.ones(8))
 
 
 def test_a_link_within_the_checkpoint_is_read(tmp_path: Path) -> None:

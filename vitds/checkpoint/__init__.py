@@ -1,6 +1,7 @@
 """Checkpoints: directories of plain safetensors and JSON, whole or not there, readable on any number of ranks."""
 
-from vitds.checkpoint.load import Checkpoint, WeightsFile, newest_checkpoint, open_checkpoint
+from vitds.checkpoint.exchange.weights import WeightsFile
+from vitds.checkpoint.load import Checkpoint, newest_checkpoint, open_checkpoint
 from vitds.checkpoint.retention import CheckpointSection, finish_deletions, prune, remove_leftovers
 from vitds.checkpoint.save import Saved, Saver, write_bandwidth
 

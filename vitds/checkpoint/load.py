@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from vitds.checkpoint.format import (
     step_of,
 )
 from vitds.checkpoint.reading import agree, mismatches, read_one, read_together
-from vitds.checkpoint.tensorfile import StoredTensor, TensorSpec, read_header
+from vitds.checkpoint.tensorfile import StoredTensor
 from vitds.checkpoint.training_state import check_schedule, check_training_state
 from vitds.checkpoint.whole import TENSORS, check_sum, check_whole
 from vitds.errors import UserError
@@ -78,7 +78,7 @@ class Checkpoint:
             stored = self.kinds.get(kind)
             if stored is None:
                 raise UserError(f"{self.path}: holds no {kind}; it has {', '.join(self.kinds)}")
-            agree(mismatches(stored, shards, exact=True), self.path)
+            agree(mismatches({name: there.spec for name, there in stored.items()}, shards, exact=True), self.path)
             asked = {name for names in dist.all_objects([shard.name for shard in shards]) for name in names}
             left = [name for name in stored if name not in asked]
             agree([f"tensor {name!r} is there, and nothing here asks for it" for name in left], self.path)
@@ -88,78 +88,6 @@ class Checkpoint:
     def read_tensor(self, name: str, start: int = 0, numel: int | None = None, kind: str = MODEL) -> torch.Tensor:
         """Elements [start, start + numel) of a tensor, flattened: (numel,) on the CPU in the stored dtype."""
         return read_one(self.kinds[kind], name, start, numel, None, self.path)
-
-
-def open_weights(path: Path, kind: str = MODEL, verify: str = "full") -> WeightsFile:
-    """Weights to start from, checked as those of a resume where there is a manifest. Collective over all ranks.
-
-    Raises:
-        UserError: on all ranks, see `WeightsFile`; or content that is not what was saved.
-    """
-
-    def checked() -> WeightsFile:
-        weights = WeightsFile(path, kind)
-        if weights.manifest is not None and verify == "full":
-            _check_share(path, weights.manifest, weights.files)
-        return weights
-
-    weights, reason = _agreed(checked)
-    if weights is None:
-        raise UserError(reason)
-    return weights
-
-
-class WeightsFile:
-    """Weights to start from: a checkpoint directory, a Hugging Face directory, or one .safetensors file.
-
-    Stored as fp32, bf16 or fp16; read as fp32. Files of a Hugging Face directory may be links, as in its cache.
-    """
-
-    def __init__(self, path: Path, kind: str = MODEL) -> None:
-        """Read headers only.
-
-        Args:
-            path: the directory or file.
-            kind: MODEL, or EMA for the average that a directory holds beside its weights.
-
-        Raises:
-            UserError: nothing there that holds weights, only pickles, or files that cannot be right.
-        """
-        self.path = path
-        self.manifest: Manifest | None = None
-        if path.is_file():
-            self._stored = read_header(path) if path.suffix == ".safetensors" else _no_weights(path)
-            return
-        if (path / MANIFEST).exists():
-            self.manifest = check_whole(path)
-        elif not _holds(path, MODEL):
-            _no_weights(path)
-        if not _holds(path, kind):
-            raise UserError(f"{path}: holds no {kind}: neither {kind}.safetensors nor {index_name(kind)} is there")
-        self._stored = read_tensors(path, kind)
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Name, shape and stored dtype of every tensor."""
-        return {name: stored.spec for name, stored in self._stored.items()}
-
-    @property
-    def files(self) -> set[str]:
-        """Names of the files in which they lie."""
-        return {stored.path.name for stored in self._stored.values()}
-
-    def read_into(self, shards: list[Shard]) -> None:
-        """Fill the shards' live data, cast to fp32; tensors that no shard asks for are left alone. Collective.
-
-        Raises:
-            UserError: on all ranks: a tensor missing, of another shape, or not of floats; with the nearest name.
-        """
-        agree(mismatches(self._stored, shards, exact=False), self.path)
-        read_together([(self._stored[shard.name], shard) for shard in shards], self.path)
-
-    def read_tensor(self, name: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
-        """Elements [start, start + numel) of a tensor, flattened: (numel,) fp32 on the CPU."""
-        return read_one(self._stored, name, start, numel, torch.float32, self.path)
 
 
 def newest_checkpoint(
@@ -230,7 +158,7 @@ def _open(
     path: Path, verify: str, passed_over: Callable[[dict[str, Any]], str | None] | None = None
 ) -> tuple[Checkpoint | None, str]:
     """The checkpoint, or the first rank's reason why it is none or not wanted; the same answer on every rank."""
-    found, reason = _agreed(lambda: _wanted(path, passed_over))
+    found, reason = agreed(lambda: _wanted(path, passed_over))
     if found is None:
         return None, reason
     manifest, unwanted, seen = found
@@ -240,10 +168,10 @@ def _open(
         return None, unwanted
     if verify == "full":
         # Sums come before content: what a flipped bit makes of a header would be blamed on another file.
-        _, reason = _agreed(lambda: _check_share(path, manifest))
+        _, reason = agreed(lambda: check_share(path, manifest))
         if reason:
             return None, reason
-    return _agreed(lambda: _loadable(path, manifest))
+    return agreed(lambda: _loadable(path, manifest))
 
 
 def _wanted(path: Path, passed_over: Callable[[dict[str, Any]], str | None] | None) -> tuple[Manifest, str | None, str]:
@@ -257,7 +185,7 @@ def _wanted(path: Path, passed_over: Callable[[dict[str, Any]], str | None] | No
     return manifest, unwanted, sha256_of(path / MANIFEST)
 
 
-def _agreed(action: Callable[[], Result]) -> tuple[Result | None, str]:
+def agreed(action: Callable[[], Result]) -> tuple[Result | None, str]:
     """What `action` returns, or None and the first rank's reason, on all ranks; UserError where the format is newer."""
     result, reason, newer = None, None, False
     try:
@@ -279,10 +207,6 @@ def _loadable(path: Path, manifest: Manifest) -> Checkpoint:
     return checkpoint
 
 
-def _holds(path: Path, kind: str) -> bool:
-    return (path / f"{kind}.safetensors").exists() or (path / index_name(kind)).exists()
-
-
 def _check_same_tensors(kinds: dict[str, dict[str, StoredTensor]], path: Path) -> None:
     """The average is of the very weights."""
     if EMA not in kinds:
@@ -293,32 +217,23 @@ def _check_same_tensors(kinds: dict[str, dict[str, StoredTensor]], path: Path) -
         raise UserError(f"{path}: tensor {differing!r} is not the same in {MODEL} and in {EMA}")
 
 
-def _check_share(path: Path, manifest: Manifest, only: Collection[str] | None = None) -> None:
-    """Hash this rank's share of the tensors' files: largest first, each to the rank with the least to do.
+def check_share(path: Path, manifest: Manifest, only: Collection[str] | None = None) -> None:
+    """Hash this rank's share of the tensors' files.
 
     Args:
         only: names of the files that matter; default all.
     """
-    load = [0] * dist.world_size()
     names = manifest.files if only is None else only
-    files = [(name, manifest.files[name]) for name in names if name.endswith(TENSORS)]
-    for name, record in sorted(files, key=lambda item: (-item[1].bytes, item[0])):
+    for name in shared_out({name: manifest.files[name].bytes for name in names if name.endswith(TENSORS)}):
+        check_sum(path / name, manifest.files[name])
+
+
+def shared_out(lengths: Mapping[str, int]) -> list[str]:
+    """This rank's share of what has to be read: largest first, each to the rank with the least to do."""
+    load, mine = [0] * dist.world_size(), []
+    for name, length in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
         rank = load.index(min(load))
-        load[rank] += record.bytes
+        load[rank] += length
         if rank == dist.rank():
-            check_sum(path / name, record)
-
-
-def _no_weights(path: Path) -> dict[str, StoredTensor]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    steps = sorted(path.glob("checkpoints/step-*[0-9]")) or sorted(path.glob("step-*[0-9]"))
-    if steps:
-        raise UserError(f"{path}: holds checkpoints, not weights; name one of them, as {steps[-1]}")
-    found = [path] if path.is_file() else sorted(path.iterdir())
-    pickles = [file.name for file in found if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    if pickles:
-        raise UserError(
-            f"{path}: {pickles[0]} is a pickle, which may run code and is not loaded; save it as safetensors"
-        )
-    raise UserError(f"{path}: no weights: expected {MODEL}.safetensors, {index_name(MODEL)}, or a .safetensors file")
+            mine.append(name)
+    return mine

@@ -10,14 +10,14 @@ from typing import BinaryIO
 import torch
 
 from vitds import dist
-from vitds.checkpoint.tensorfile import StoredTensor, read_elements
+from vitds.checkpoint.tensorfile import StoredTensor, TensorSpec, read_elements
 from vitds.errors import UserError, nearest
 from vitds.layout import Shard
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def mismatches(stored: Mapping[str, StoredTensor], shards: list[Shard], *, exact: bool) -> list[str]:
+def mismatches(stored: Mapping[str, TensorSpec], shards: list[Shard], *, exact: bool) -> list[str]:
     """One sentence per shard that what is stored does not fit.
 
     Args:
@@ -30,14 +30,12 @@ def mismatches(stored: Mapping[str, StoredTensor], shards: list[Shard], *, exact
         there = stored.get(shard.name)
         if there is None:
             problems.append(f"no tensor {shard.name!r} there{nearest(shard.name, stored)}")
-        elif there.spec.shape != tuple(shard.shape):
-            problems.append(f"tensor {shard.name!r} has shape {there.spec.shape} there and {tuple(shard.shape)} here")
-        elif exact and there.spec.dtype != shard.data.dtype:
-            problems.append(f"tensor {shard.name!r} is {there.spec.dtype} there and {shard.data.dtype} here")
-        elif not exact and there.spec.dtype not in FLOATS:
-            problems.append(
-                f"tensor {shard.name!r} is {there.spec.dtype} there; weights are float32, bfloat16 or float16"
-            )
+        elif there.shape != tuple(shard.shape):
+            problems.append(f"tensor {shard.name!r} has shape {there.shape} there and {tuple(shard.shape)} here")
+        elif exact and there.dtype != shard.data.dtype:
+            problems.append(f"tensor {shard.name!r} is {there.dtype} there and {shard.data.dtype} here")
+        elif not exact and there.dtype not in FLOATS:
+            problems.append(f"tensor {shard.name!r} is {there.dtype} there; weights are float32, bfloat16 or float16")
     return problems
 
 
@@ -92,6 +90,6 @@ def read_one(
     data = torch.empty(numel, dtype=dtype or spec.dtype)
     shard = Shard(name, spec.shape, data, start)
     if dtype is not None:
-        refuse(mismatches(stored, [shard], exact=False), path)
+        refuse(mismatches({name: spec}, [shard], exact=False), path)
     read([(stored[name], shard)])
     return data

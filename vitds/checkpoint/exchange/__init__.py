@@ -1,0 +1,1 @@
+"""Weights of every known format, in and out, a tensor at a time."""
