@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vitds.models.card import model_card
-from vitds.models.config import ModelSection, ViTConfig, build_config
+from vitds.models.config import ModelSection, ViTConfig, build_config, label_names
 from vitds.models.execution import ATTENTION, COMPILE_MODES, check_compile_mode, execute_as
 from vitds.models.image_processor import VitdsImageProcessor
 from vitds.models.losses import LOSSES
@@ -29,6 +29,7 @@ __all__ = [
     "check_compile_mode",
     "execute_as",
     "flops_per_image",
+    "label_names",
     "model_card",
     "parameter_count",
     "resample_position_embedding",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,6 +60,10 @@ class ViTConfig(PretrainedConfig):
             raise UserError(one_of("pool", self.pool, POOLS))
         if self.loss not in LOSSES:
             raise UserError(one_of("loss", self.loss, LOSSES))
+        if self.problem_type is None and self.loss == "sigmoid":  # by which transformers' pipeline chooses its scores
+            self.problem_type = "multi_label_classification"
+        elif self.problem_type is None and self.num_classes > 1:  # of one class it would be refused
+            self.problem_type = "single_label_classification"
         if self.image_size < self.shape.patch_size:
             raise UserError(
                 f"image_size: {self.image_size} is smaller than one patch; at least the patch_size, {self.patch_size}"
@@ -88,6 +93,12 @@ class ViTConfig(PretrainedConfig):
     def num_classes(self, value: int) -> None:
         self.num_labels = value
 
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Take these as the classes' names, by number, if they are as many as there are classes."""
+        if len(names) == self.num_classes > 0:
+            self.id2label = dict(enumerate(names))
+            self.label2id = {name: number for number, name in enumerate(names)}
+
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON. Label names nobody chose are left out: JFT's 29,593 would fill a megabyte."""
         out = super().to_dict()
@@ -96,6 +107,17 @@ class ViTConfig(PretrainedConfig):
             out.pop("id2label", None)
             out.pop("label2id", None)
         return out
+
+
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes' names in a saved config, by number; none where nobody has named them.
+
+    Args:
+        config: a config.json's content, or what `ViTConfig.to_dict` returns.
+    """
+    named = config.get("id2label") or {}
+    names = tuple(str(named[number]) for number in sorted(named, key=int))
+    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 
 
 @dataclass
