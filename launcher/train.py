@@ -34,7 +34,7 @@ def main() -> None:
             options = training_arguments(__doc__)
             with refusals_shared():  # whatever the user got wrong shows here, before any process group
                 run = load_run_file(options.config, options.set, world_size=dist.world_size())
-                plan = prepare(run, forecast=not options.ignore_forecast)
+                plan = prepare(run, forecast=not options.ignore_forecast, output=options.output_dir)
             with Watch(run.vitds.cluster, options.output_dir) as watch:
                 init_distributed()
                 with dist.together(lambda: RunDirectory(options.output_dir)) as directory:

@@ -172,7 +172,9 @@ def test_weights_go_into_a_model_of_another_size_with_other_classes(unbroken, tm
     ]  # fmt: skip
     done = train_alone(2, DIGITS, tmp_path / "run", *[s for s in SMALL if "total_steps" not in s], *sets)
     assert outcome(tmp_path / "run")["state"] == "finished", done.stdout[-3000:]
-    assert "classifier starts afresh; position embedding resampled from 16 to 36 patches" in done.stdout
+    said = "classifier starts at zero: 10 classes there, 11 here; position embedding resampled from 16 to 36 patches"
+    assert f"vitds: vitds.init_from: weights from {weights}; {said}" in done.stdout  # before anything is started
+    assert f"{said}: step 0 of 3" in done.stdout
 
 
 def test_help_is_no_failure():

@@ -29,11 +29,13 @@ def run(options: argparse.Namespace) -> int:
         UserError: what is wrong with it.
     """
     run = load_run_file(options.config, options.set, world_size=options.gpus)
-    prepare(run)
+    plan = prepare(run)
     if options.device is not None:
         named = device(options.device, options.gpus)
         refuse_what_cannot_fit(workload_of(run, named.kind), options.gpus, named.memory_bytes, named.name)
     print(json.dumps(run.resolved, indent=2, ensure_ascii=False))
+    if plan.start:
+        print("; ".join(plan.start), file=sys.stderr)
     print(
         f"{options.gpus} rank(s) × {run.micro_batch} images × {run.accumulation} micro batches = {run.global_batch} a step",
         file=sys.stderr,
