@@ -1,0 +1,106 @@
+"""A model to use, of whatever holds one: a run, a checkpoint, a Hugging Face directory, .safetensors or .npz."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitds.checkpoint.exchange.weights import open_weights
+from vitds.checkpoint.files import read_json
+from vitds.checkpoint.format import MODEL, step_of
+from vitds.checkpoint.load import newest_checkpoint
+from vitds.checkpoint.reading import agree
+from vitds.errors import UserError, one_of
+from vitds.layout import Shard
+from vitds.models import VitdsImageProcessor, ViTForImageClassification
+
+TOLD = (
+    "variant", "num_heads", "image_size", "loss", "init_head_bias", "problem_type", "id2label", "label2id",
+    "width", "depth", "mlp_dim", "patch_size", "pool", "num_classes",
+)  # fmt: skip
+"""What a user may say of a model; what its weights show may be said, and is then compared."""
+PROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in eval mode, and what prepares images for it."""
+
+    model: ViTForImageClassification
+    processor: VitdsImageProcessor
+    path: Path
+    """Of the weights: for a run's directory its newest checkpoint."""
+    format: str
+    """In vitds.models.formats.FORMATS."""
+    step: int | None
+    """Of a checkpoint; None of anything else."""
+
+
+def open_model(
+    path: Path | str,
+    *,
+    kind: str = MODEL,
+    told: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    verify: str = "full",
+) -> Opened:
+    """A model from its weights, built on the meta device and filled a tensor at a time: nothing is held twice.
+
+    Collective where there is a process group; every rank then has the whole model.
+
+    Args:
+        path: a run's directory (its newest whole checkpoint), a checkpoint, a Hugging Face directory, or a file.
+        kind: MODEL, or EMA for the average kept beside the weights.
+        told: of TOLD, what cannot be known from the weights and a config.json beside them.
+        device: default the CPU.
+        dtype: of the parameters.
+        verify: "full" compares the content with the sums kept of it; "size" does not.
+
+    Raises:
+        UserError: nothing there, weights that cannot be right, a model that nothing describes, or told otherwise than
+            they are.
+    """
+    given = dict(told or {})
+    for name in given:
+        if name not in TOLD:
+            raise UserError(one_of("told", name, TOLD))
+    found = _weights_of(Path(path))
+    weights = open_weights(found, kind, verify)
+    config = weights.config(given)
+    with torch.device("meta"):
+        model = ViTForImageClassification(config)
+    model = model.to(dtype=dtype).to_empty(device=device or "cpu").eval()
+    shards = [Shard(name, tuple(value.shape), value.detach().view(-1)) for name, value in model.named_parameters()]
+    left = [name for name in weights.specs if name not in model.shapes]
+    agree([f"tensor {name!r} is there, and nothing here asks for it" for name in left], found)
+    weights.read_into(shards)
+    step = None if weights.manifest is None else weights.manifest.step
+    return Opened(model, _processor(found, config.image_size), found, weights.format.name, step)
+
+
+def _weights_of(path: Path) -> Path:
+    """The newest whole checkpoint of a run's directory; any other path as it is."""
+    for directory in (path / "checkpoints", path):
+        if directory.is_dir() and any(step_of(entry.name) is not None for entry in directory.iterdir()):
+            checkpoint = newest_checkpoint(directory, verify="size")  # what is read of it is hashed when it is opened
+            assert checkpoint is not None, directory
+            return checkpoint.path
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: a run's directory without any checkpoint")
+    return path
+
+
+def _processor(path: Path, image_size: int) -> VitdsImageProcessor:
+    """The one saved beside the weights, if it is ours and of this size; else the usual one for the size."""
+    file = (path if path.is_dir() else path.parent) / PROCESSOR
+    saved = read_json(file) if file.is_file() and path.suffix != ".npz" else {}
+    if saved.get("image_processor_type") == VitdsImageProcessor.__name__:
+        processor = VitdsImageProcessor.from_dict(saved)
+        if processor.crop_size["height"] == image_size:
+            return processor
+    return VitdsImageProcessor(crop_size=image_size)
