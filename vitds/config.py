@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ import torch
 from vitds import dist
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
+from vitds.checkpoint.transfer import InitFromSection, look_at
 from vitds.cluster.section import ClusterSection, check_world_size
 from vitds.data import DataSection, Sources, SourceSection, build_sources
 from vitds.errors import UserError
 from vitds.evaluation import FewshotSection, ProbeSet, open_sets
 from vitds.guard import GuardSection
-from vitds.json_files import override, read_object, walk
+from vitds.json_files import override, read_object, say, walk
 from vitds.lengths import Lengths
 from vitds.metrics import MonitorSections, monitor_sections
 from vitds.models import ModelSection, VitdsImageProcessor, ViTForImageClassification, build_config, check_compile_mode
@@ -43,18 +45,6 @@ DEFAULT_OPTIMIZER = {
 MONITORS = ("tensorboard", "wandb", "csv_monitor")
 OURS = ("vitds", "_about", "scheduler", *MONITORS)
 """Top-level sections that never reach DeepSpeed; `optimizer` does not either where the class is ours."""
-
-
-@dataclass(frozen=True)
-class InitFromSection:
-    """Where a fresh run takes its weights from; its own checkpoint always comes first."""
-
-    path: str = key(doc="A checkpoint directory (step-…), or a .safetensors file with this model's names.")
-    what: str = key(
-        "weights",
-        "weights alone; ema, the average kept beside them, as weights; or all: optimizer state, step and position too (a fork).",
-        choices=("weights", "ema", "all"),
-    )
 
 
 @dataclass(frozen=True)
@@ -145,36 +135,58 @@ class Plan(NamedTuple):
     """By role, what tells these images from others."""
     probes: list[ProbeSet]
     """The few-shot sets."""
+    start: tuple[str, ...] = ()
+    """What the run starts from, and what of it is not simply taken, in words; nothing of a run from scratch."""
 
 
-def prepare(run: RunFile, *, forecast: bool = False) -> Plan:
+def prepare(run: RunFile, *, forecast: bool = False, output: str | None = None) -> Plan:
     """Sources, lengths, model and parameter groups; whatever else can be wrong with a run file shows here.
 
     Args:
         forecast: whether this job's ranks can hold it is looked at, too.
+        output: the run's directory, where it is about to start. If there are checkpoints in it already, what the run began with
+            need not be there any more.
 
     Raises:
         UserError: data that is not there, a schedule that does not fit, a pattern that matches nothing, an optimizer
-            that ZeRO would change, few-shot sets that cannot be drawn from, a run that plainly needs more memory than there is.
+            that ZeRO would change, weights to start from that do not fit, few-shot sets that cannot be drawn from, a run that plainly needs more memory than there is.
     """
     part = run.vitds
     sources = build_sources(part.data, part.model.num_classes)
     with torch.device("meta"):
         model = ViTForImageClassification(build_config(part.model))
+    model.config.name_classes(sources.train.class_names)
     model.set_activation_checkpointing(part.train.activation_checkpointing)
     groups = build_groups(model.shapes, **run.rates, decay_patterns=model.decay_patterns(), overrides=part.groups)
     client_optimizer(run.optimizer, zero_stage(run.deepspeed))
-    if part.init_from is not None and not Path(part.init_from.path).exists():
-        raise UserError(f"vitds.init_from.path: {part.init_from.path!r} does not exist")
+    frozen = [name for group in groups if group.frozen for name in group.names]
+    begun = output is not None and any(Path(output, "checkpoints").glob("step-*"))
+    start = look_at(part.init_from, model, frozen) if part.init_from is not None and not begun else ()
+    if start and output is not None and dist.is_main():
+        say(f"vitds: vitds.init_from: {'; '.join(start)}")
     lengths = run.lengths(len(sources.train))
     if part.guard.spike == "rollback" and lengths.save == 0:
         raise UserError("vitds.checkpoint.every_steps: 0 leaves a rollback (vitds.guard.spike) nothing to go back to")
     if forecast:
         kind, memory_bytes, whose = room_here()
         refuse_what_cannot_fit(workload_of(run, kind, model), dist.world_size(), memory_bytes, whose)
-    processor = VitdsImageProcessor(part.model.image_size, part.data.eval_edge(part.model.image_size))
-    probes = open_sets(part.fewshot, part.model.image_size)
-    return Plan(sources, lengths, groups, model, processor, sources.identity(), probes)
+    processor = VitdsImageProcessor(**part.data.processor(part.model.image_size))
+    if (unlike := getattr(processor, "evaluation_transforms", None)) is not None and dist.is_main():
+        say(
+            f"vitds: vitds.data.eval.transforms: the saved image processor resizes once and cuts out the middle, and cannot do "
+            f"{json.dumps(unlike)}; what is opened from a checkpoint (vitds predict, vitds evaluate, transformers' pipeline) "
+            "resizes the shorter edge instead, and will see other pixels than this run's evaluation"
+        )
+    return Plan(
+        sources,
+        lengths,
+        groups,
+        model,
+        processor,
+        sources.identity(),
+        open_sets(part.fewshot, part.model.image_size),
+        start,
+    )
 
 
 def batches(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -6,10 +6,13 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vitds import dist
 from vitds.checkpoint.ema import Ema
+from vitds.checkpoint.exchange.weights import WeightsFile
 from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
-from vitds.checkpoint.load import Checkpoint, WeightsFile
+from vitds.checkpoint.load import Checkpoint
 from vitds.checkpoint.progress import Progress
+from vitds.checkpoint.transfer import BIAS, transfer_of
 from vitds.errors import UserError
 from vitds.identity import FULL_ORDER, identity
 from vitds.layout import Shard
@@ -77,29 +80,26 @@ class Start:
             "rates": {g.name: [g.lr * g.lr_mult, g.weight_decay, g.frozen] for g in groups},
         }
 
-    def transfer(self, weights: WeightsFile) -> list[str]:
-        """Masters from another model's weights: the classifier may have other classes and then starts afresh, the
-        position embedding another number of patches and is resampled. Returns what was changed. Collective."""
-        changed, same, fresh = [], [], []
-        for shard in self.engine.master_shards():
-            there = weights.specs.get(shard.name)
-            if shard.name.startswith("head.") and (there is None or there.shape != tuple(shard.shape)):
-                fresh.append(shard)
-            elif shard.name == "pos_embed" and there is not None and there.shape[::2] == tuple(shard.shape)[::2]:
-                if there.shape == tuple(shard.shape):
-                    same.append(shard)
-                    continue
-                stored = weights.read_tensor(shard.name).view(there.shape)
+    def transfer(self, weights: WeightsFile, head: str = "auto") -> tuple[str, ...]:
+        """Masters from another model's weights, as `plan_transfer` says; what is not simply taken is returned in words.
+        Collective.
+
+        Raises:
+            UserError: on all ranks, see `plan_transfer`.
+        """
+        frozen = [name for group in self.engine.groups.values() if group.frozen for name in group.names]
+        plan = dist.together(lambda: transfer_of(weights, self.model, head, frozen))
+        shards = self.engine.master_shards()
+        weights.read_into([shard for shard in shards if shard.name in plan.kept])
+        for shard in shards:
+            if shard.name in plan.resampled:
+                stored = weights.read_tensor(shard.name).view(weights.specs[shard.name].shape)
                 value = resample_position_embedding(stored, shard.shape[1]).reshape(-1)
                 shard.data.copy_(value[shard.start : shard.start + shard.data.numel()])
-                changed.append(f"position embedding resampled from {there.shape[1]} to {shard.shape[1]} patches")
-            else:
-                same.append(shard)
-        weights.read_into(same)
-        self.initialise(fresh)
-        if fresh:
-            changed.append("classifier starts afresh")
-        return sorted(set(changed))
+            elif shard.name == BIAS and plan.bias_shift:
+                shard.data.add_(plan.bias_shift)
+        self.initialise([shard for shard in shards if shard.name in plan.fresh])
+        return plan.notes
 
     def initialise(self, shards: list[Shard]) -> None:
         """Initial fp32 values, one parameter at a time: a function of (seed, name), so each rank makes its own slices."""

@@ -12,12 +12,14 @@ from typing import Any
 
 from vitds import dist
 from vitds.checkpoint.ema import Ema, EmaSection
+from vitds.checkpoint.exchange.weights import open_weights
 from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
-from vitds.checkpoint.load import newest_checkpoint, open_checkpoint, open_weights
+from vitds.checkpoint.load import newest_checkpoint, open_checkpoint
 from vitds.checkpoint.progress import Progress
 from vitds.checkpoint.retention import CheckpointSection, finish_deletions, prune, remove_leftovers
 from vitds.checkpoint.save import Saver
 from vitds.checkpoint.start import Start
+from vitds.checkpoint.transfer import source_of
 from vitds.data import BadSamples, TooManyBad
 from vitds.errors import Preempted, Stopped
 from vitds.guard import spoiled
@@ -211,7 +213,7 @@ class RunState:
         """Fill masters, optimizer state and average: own checkpoint, else `init_from`, else the initialisers. Collective.
 
         Args:
-            init_from: section with `path` and `what`, or None.
+            init_from: InitFromSection, or None.
 
         A checkpoint that learnt from positions which the run has given up since is passed over. A save in flight is
         committed first.
@@ -239,15 +241,16 @@ class RunState:
                 origin += ", whose weights begin an average"
             self._on_disk, self._periodic = progress.mark(), (progress.step, progress.evaluated)
         elif init_from is not None and init_from.what == "all":
-            progress = self._start.resume(open_checkpoint(Path(init_from.path), self.section.verify))
-            origin = f"forked from {init_from.path}"
+            path = dist.broadcast_object(dist.together(lambda: source_of(Path(init_from.path))))
+            progress, origin = self._start.resume(open_checkpoint(path, self.section.verify)), f"forked from {path}"
             self._periodic = (progress.step, progress.evaluated)
         else:
             progress, origin = Progress(), "from scratch"
             if init_from is not None:
                 kind = EMA if init_from.what == "ema" else MODEL
-                changed = self._start.transfer(open_weights(Path(init_from.path), kind, self.section.verify))
-                origin = "; ".join([f"{init_from.what} from {init_from.path}", *changed])
+                path = dist.broadcast_object(dist.together(lambda: source_of(Path(init_from.path))))
+                changed = self._start.transfer(open_weights(path, kind, self.section.verify), init_from.head)
+                origin = "; ".join([f"{init_from.what} from {path}", *changed])
             else:
                 self._start.initialise(self.engine.master_shards())
             self.engine.forget()
