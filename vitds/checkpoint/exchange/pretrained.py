@@ -69,7 +69,7 @@ def open_model(
     for name in given:
         if name not in TOLD:
             raise UserError(one_of("told", name, TOLD))
-    found = _weights_of(Path(path))
+    found = weights_of(Path(path))
     weights = open_weights(found, kind, verify)
     config = weights.config(given)
     with torch.device("meta"):
@@ -80,10 +80,10 @@ def open_model(
     agree([f"tensor {name!r} is there, and nothing here asks for it" for name in left], found)
     weights.read_into(shards)
     step = None if weights.manifest is None else weights.manifest.step
-    return Opened(model, _processor(found, config.image_size), found, weights.format.name, step)
+    return Opened(model, processor_beside(found, config.image_size), found, weights.format.name, step)
 
 
-def _weights_of(path: Path) -> Path:
+def weights_of(path: Path) -> Path:
     """The newest whole checkpoint of a run's directory; any other path as it is."""
     for directory in (path / "checkpoints", path):
         if directory.is_dir() and any(step_of(entry.name) is not None for entry in directory.iterdir()):
@@ -95,7 +95,7 @@ def _weights_of(path: Path) -> Path:
     return path
 
 
-def _processor(path: Path, image_size: int) -> VitdsImageProcessor:
+def processor_beside(path: Path, image_size: int) -> VitdsImageProcessor:
     """The one saved beside the weights, if it is ours and of this size; else the usual one for the size."""
     file = (path if path.is_dir() else path.parent) / PROCESSOR
     saved = read_json(file) if file.is_file() and path.suffix != ".npz" else {}
