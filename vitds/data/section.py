@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vitds.data.minival import check_minival
 from vitds.data.sources import SOURCES
@@ -101,8 +102,20 @@ class DataSection:
         check_minival(self.minival)
         check_least("vitds.data", self, mixup=0, num_workers=0, prefetch=1, max_bad_samples=0)
 
-    def eval_edge(self, image_size: int) -> int:
-        """Shortest edge to which evaluation resizes before it crops: what the saved image processor must do too."""
+    def processor(self, image_size: int) -> dict[str, Any]:
+        """Arguments of the image processor that does what evaluation does (vitds.models.VitdsImageProcessor).
+
+        It can resize once and then cut out the middle. Of other transforms it is told, and does the default. Where evaluation
+        takes images as they are (an empty list), it makes others fit.
+        """
         spec = self.eval.transforms if self.eval is not None else None
-        sizes = dict(check_transforms(eval_default(image_size) if spec is None else spec, "vitds.data.eval.transforms"))
-        return int(sizes.get("resize_small", {}).get("size", image_size))
+        given = check_transforms(eval_default(image_size) if spec is None else spec, "vitds.data.eval.transforms")
+        steps = [(name, parameters.get("size", image_size)) for name, parameters in given]
+        resizing, cropping = steps[:1], steps[1:]
+        if steps in ([], [("central_crop", image_size)]):
+            return {"crop_size": image_size, "size": image_size, "do_resize": not steps}
+        if resizing[0][0] in ("resize", "resize_small") and cropping in ([], [("central_crop", image_size)]):
+            square = resizing[0][0] == "resize"
+            edge = resizing[0][1]
+            return {"crop_size": image_size, "size": {"height": edge, "width": edge} if square else edge}
+        return {"crop_size": image_size, "evaluation_transforms": spec}
