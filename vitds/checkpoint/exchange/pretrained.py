@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from vitds.checkpoint.exchange.weights import open_weights
 from vitds.checkpoint.files import read_json
@@ -74,7 +75,7 @@ def open_model(
     config = weights.config(given)
     with torch.device("meta"):
         model = ViTForImageClassification(config)
-    model = model.to(dtype=dtype).to_empty(device=device or "cpu").eval()
+    cast(nn.Module, model).to(dtype).to_empty(device=device or "cpu").eval()
     shards = [Shard(name, tuple(value.shape), value.detach().view(-1)) for name, value in model.named_parameters()]
     left = [name for name in weights.specs if name not in model.shapes]
     agree([f"tensor {name!r} is there, and nothing here asks for it" for name in left], found)

@@ -89,6 +89,9 @@ def config_of(outline: Outline, told: Mapping[str, Any]) -> ViTConfig:
     for name, value in shown.items():
         if given.get(name, value) != value:
             raise UserError(f"{name}: {given[name]!r} is told, and the weights have {value!r}")
+    names = given.get("id2label")
+    if names is not None and len(names) != outline.num_classes:
+        raise UserError(f"id2label: {len(names)} names are told, and the weights have {outline.num_classes} classes")
     if "num_heads" not in shown | given:
         shown["num_heads"] = _usual_heads(outline)
     shown["image_size"] = _image_size(outline, given.get("image_size"))
