@@ -259,5 +259,7 @@ class NpzWriter:
     def abandon(self) -> None:
         """Leave nothing behind."""
         with contextlib.suppress(OSError, ValueError):
+            self._archive.close()
+        with contextlib.suppress(OSError):
             self._file.close()
         self._temporary.unlink(missing_ok=True)
