@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0, "sections": 0, "layout": 0, "dist": 0, "schedules": 0,
     "models": 1, "train_section": 2, "optim": 1, "data": 1, "metrics": 1, "run_directory": 1, "lease": 0, "json_files": 0, "guard": 1,
-    "interruption": 0, "launched": 0, "identity": 0, "host_memory": 0, "shards": 0, "progress": 0, "lengths": 1, "pictures": 0, "cluster": 1, "planning": 2, "data_verbs": 2,
+    "interruption": 0, "launched": 0, "identity": 0, "host_memory": 0, "shards": 0, "progress": 0, "lengths": 1, "pictures": 0, "plots": 0, "cluster": 1, "planning": 2, "data_verbs": 2,
     "zero": 2, "evaluation": 2, "checkpoint": 3, "inference": 4, "config": 4, "arguments": 5, "check": 5, "cli": 5, "config_docs": 5, "trial": 5, "launcher": 5,
 }  # fmt: skip
 LONGEST = 330

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -11,10 +11,31 @@ from vitds import dist
 from vitds.data import EvalLoader, to_model_range
 from vitds.models.losses import LOSSES
 
+TOPS = (1, 5)
+
+
+class Witness(Protocol):
+    """Looks at every image that counts, as it is evaluated."""
+
+    def add(self, logits: torch.Tensor, best: torch.Tensor, positive: torch.Tensor) -> None:
+        """One batch's images, without those that count for nothing.
+
+        Args:
+            logits: fp32 (B, C).
+            best: int64 (B, K), the classes of the K largest logits, best first.
+            positive: (B, C), above 0 at the image's labels.
+        """
+
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, loader: EvalLoader, loss: str, between: Callable[[], None], prefix: str = "eval"
+    engine: Any,
+    loader: EvalLoader,
+    loss: str,
+    between: Callable[[], None] = lambda: None,
+    prefix: str = "eval",
+    tops: Sequence[int] = TOPS,
+    witnesses: Sequence[Witness] = (),
 ) -> dict[str, float]:
     """Run the model over every image once. Collective; every rank returns the same figures.
 
@@ -27,12 +48,14 @@ def evaluate(
         loss: name in LOSSES.
         between: called before each batch, equally often on every rank; may end the evaluation by raising on all.
         prefix: of the names of what is returned.
+        tops: for each k, the share of images with a right label among the k best.
+        witnesses: are shown this rank's images.
 
     Returns:
-        eval/top1 and eval/top5 as fractions, eval/loss as the mean over images, eval/images.
+        eval/top<k> as fractions, eval/loss as the mean over images, eval/images.
     """
     engine.train(False)
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(len(tops) + 2, dtype=torch.float64, device=engine.device)
     try:
         for batch in loader:
             between()
@@ -42,19 +65,20 @@ def evaluate(
             counts = batch.is_real.to(engine.device) & (positive.sum(dim=1) > 0)
             if not counts.any():
                 continue
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-            right = positive.gather(1, best)[counts] > 0
-            sums += torch.stack([
-                right[:, 0].sum(), right.any(dim=1).sum(), LOSSES[loss](logits[counts], labels[counts]) * counts.sum(), counts.sum(),
-            ]).double()  # fmt: skip
+            logits, labels, positive = logits[counts], labels[counts], positive[counts]
+            best = logits.topk(min(max(tops), logits.shape[1]), dim=1).indices  # (B, K)
+            right = positive.gather(1, best) > 0
+            found = [right[:, :k].any(dim=1).sum() for k in tops]
+            sums += torch.stack([*found, LOSSES[loss](logits, labels) * len(logits), counts.sum()]).double()
+            for witness in witnesses:
+                witness.add(logits, best, positive)
     finally:
         engine.train(True)
-    top1, top5, total_loss, images = dist.sum_over_ranks(sums).tolist()
+    *within, total_loss, images = dist.sum_over_ranks(sums).tolist()
     if images == 0:
         return {f"{prefix}/images": 0.0}
     return {
-        f"{prefix}/top1": top1 / images,
-        f"{prefix}/top5": top5 / images,
+        **{f"{prefix}/top{k}": number / images for k, number in zip(tops, within, strict=True)},
         f"{prefix}/loss": total_loss / images,
         f"{prefix}/images": images,
     }

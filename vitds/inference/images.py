@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from vitds import dist
 from vitds.data import DataSection, EvalLoader, Source, SourceSection, build_source
+from vitds.data.images import Unusable
+from vitds.data.source import Label, Sample, classes_of
 from vitds.data.sources import Role
 from vitds.data.transforms import build_transforms
 from vitds.data_verbs.arguments import at_least_one, source_for
-from vitds.errors import UserError, one_of
+from vitds.errors import UserError, nearest, one_of
 from vitds.inference.opening import Session
+from vitds.json_files import say
 
 WHAT = "class folders, tar shards, a data set (DIR or DIR:SPLIT), digits, digits:train, or a run file's (RUN.json:train or :eval)"
 """What may be named; for an argument's help."""
@@ -42,6 +45,33 @@ class ImageSet:
     source: Source
     section: SourceSection
     """From which the source was made; its transforms are set only where a run file's evaluation sets them."""
+
+    def with_classes_of(self, session: Session) -> ImageSet:
+        """The same images, their classes by the model's numbers: classes go by their names, where both sides have names.
+
+        Raises:
+            UserError: classes that the model does not know.
+        """
+        theirs, ours = list(self.source.class_names), session.labels
+        named = ours != [f"LABEL_{number}" for number in range(len(ours))]
+        if not theirs or theirs == ours:
+            return self
+        if not named:
+            if len(theirs) < len(ours):
+                say(
+                    f"vitds: {self.name}: {len(theirs)} classes, {len(ours)} of the model, which have no names: class i is "
+                    "taken for its class i"
+                )
+            return self
+        number_of = {name: number for number, name in enumerate(ours)}
+        unknown = [name for name in theirs if name not in number_of]
+        if unknown:
+            raise UserError(
+                f"{self.name}: {len(unknown)} of {len(theirs)} classes are not the model's: "
+                f"{', '.join(map(repr, unknown[:3]))}{nearest(unknown[0], ours)}; the model's: "
+                f"{', '.join(map(repr, ours[:3]))}, …; where classes are the same by number, say --by-number"
+            )
+        return replace(self, source=Renumbered(self.source, [number_of[name] for name in theirs], ours))
 
     def loader(
         self,
@@ -77,6 +107,40 @@ class ImageSet:
             world_size=dist.world_size(),
             transforms=[session.processor.fitted] if spec is None else build_transforms(spec, size, place),
         )
+
+
+class Renumbered(Source):
+    """A source, its classes by other numbers.
+
+    Args:
+        source: whose labels are to be changed.
+        numbers: by its own number of a class.
+        names: of all classes by their new numbers.
+    """
+
+    def __init__(self, source: Source, numbers: Sequence[int], names: Sequence[str]) -> None:
+        self._source, self._numbers = source, list(numbers)
+        self.class_names, self.multi_label = names, source.multi_label
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Sample:
+        return self.read_many([index])[0]
+
+    def read_many(self, indices: Sequence[int]) -> list[Sample]:
+        return [(image, self._renumbered(label), key) for image, label, key in self._source.read_many(indices)]
+
+    def key(self, index: int) -> str:
+        return self._source.key(index)
+
+    def _renumbered(self, label: Label | Unusable) -> Label | Unusable:
+        if isinstance(label, Unusable):
+            return label
+        outside = [one for one in classes_of(label) if not 0 <= one < len(self._numbers)]
+        if outside:
+            return Unusable(f"label {outside[0]} is not one of the {len(self._numbers)} classes")
+        return [self._numbers[one] for one in label] if isinstance(label, list) else self._numbers[label]
 
 
 def image_set(text: str, load: Callable[..., Any], argument: str = "--images") -> ImageSet:

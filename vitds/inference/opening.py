@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 
 from vitds import dist
+from vitds.checkpoint.exchange.pretrained import open_model
+from vitds.checkpoint.format import EMA, MODEL
 from vitds.errors import UserError
 from vitds.launched import adopt
 from vitds.models import ViTConfig, VitdsImageProcessor, ViTForImageClassification
@@ -21,10 +26,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, --ema and --dtype."""
+    """Add --checkpoint, --told, --ema and --dtype."""
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH",
         help="a run's directory (its newest checkpoint), a checkpoint, or a model in another format",
+    )  # fmt: skip
+    parser.add_argument(
+        "--told", action="append", default=[], metavar="KEY=VALUE",
+        help="what a file of weights does not say of its model, as in num_heads=16 or loss=softmax",
     )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="the average of the weights kept beside them")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="in which the model computes; fp32 when absent")
@@ -48,7 +57,7 @@ class Session:
     def device(self) -> torch.device:
         return self.model.pos_embed.device
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         """The classes' names, by number; LABEL_i where nobody has named them."""
         names: dict[Any, str] = self.config.id2label or {}
@@ -65,6 +74,21 @@ class Session:
             images: (B, 3, S, S) on the device in [−1, 1], as loaders give them (`to_model_range`).
         """
         return self.model(self._levelled(images), features_only=features_only)
+
+    @torch.no_grad()
+    def scores(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """fp32 (B, C), by transformers' own functions and choice: sigmoids of a model of many labels, or of one class, else
+        softmax.
+
+        Args:
+            pixel_values: (B, 3, S, S) on the device, as the processor makes them.
+        """
+        from transformers.pipelines.image_classification import sigmoid, softmax
+
+        logits = self.model(pixel_values).logits.float().cpu().numpy()
+        independent = self.config.problem_type == "multi_label_classification" or self.config.num_classes == 1
+        found: np.ndarray = sigmoid(logits) if independent else softmax(logits)
+        return found
 
     def _levelled(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [−1, 1] in the range that the processor gives the model, which of ours is this very one."""
@@ -92,7 +116,7 @@ def opened(options: argparse.Namespace) -> Iterator[Session]:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        yield _session(Path(options.checkpoint).expanduser(), options.ema, DTYPES[options.dtype])
+        yield _session(options)
         if several:
             dist.barrier()
             torch_dist.destroy_process_group()
@@ -102,13 +126,21 @@ def opened(options: argparse.Namespace) -> Iterator[Session]:
         raise
 
 
-def _session(path: Path, ema: bool, dtype: torch.dtype) -> Session:
-    if ema:
-        raise UserError("--ema: not yet")
-    found = sorted(path.glob("checkpoints/step-*[0-9]"))
-    path = found[-1] if found else path
-    if not (path / "config.json").is_file():
-        raise UserError(f"--checkpoint {str(path)!r}: no model there")
-    model: Any = ViTForImageClassification.from_pretrained(path, dtype=dtype)
-    model.to(dist.device()).eval()
-    return Session(model, VitdsImageProcessor.from_pretrained(path), path, None)
+def _session(options: argparse.Namespace) -> Session:
+    told = {}
+    for text in options.told:
+        word, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--told {text!r}: expected KEY=VALUE, as in num_heads=16")
+        try:
+            told[word] = json.loads(value)
+        except json.JSONDecodeError:
+            told[word] = value
+    found = open_model(
+        Path(options.checkpoint).expanduser(),
+        kind=EMA if options.ema else MODEL,
+        told=told,
+        device=dist.device(),
+        dtype=DTYPES[options.dtype],
+    )
+    return Session(found.model, found.processor, found.path, found.step)

@@ -5,28 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from vitds.errors import UserError
 from vitds.models import Shape, variant_shape
 from vitds.planning.shapefinder import OPTIMIZERS, Found
+from vitds.plots import plots
 
 COLOURS = dict(zip(OPTIMIZERS, ((0.95, 0.55, 0.10), (0.25, 0.65, 0.25), (0.20, 0.40, 0.85)), strict=True))
 """The paper's: orange, green and blue; white does not fit."""
 MARKED = {"g": variant_shape("ViT-g/14"), "G": variant_shape("ViT-G/14")}
-
-
-def plots() -> Any:
-    """matplotlib's figures.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        from matplotlib import figure
-    except ImportError as error:
-        raise UserError(f"--figure: matplotlib cannot be imported ({error}); pip install 'vitds[plots]'") from None
-    return figure
 
 
 def draw(rows: Sequence[Found], path: Path, title: str) -> None:
@@ -38,7 +25,7 @@ def draw(rows: Sequence[Found], path: Path, title: str) -> None:
         UserError: the file cannot be written, or its ending is of no picture.
     """
     panels = list(dict.fromkeys(row.row for row in rows))
-    figure = plots().Figure(
+    figure = plots("--figure").Figure(
         figsize=(4.2 * min(len(panels), 4) + 0.6, 4.0 * -(-len(panels) // 4) + 0.9), layout="constrained"
     )
     axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).ravel()

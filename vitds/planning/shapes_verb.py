@@ -16,9 +16,10 @@ from vitds.models import Shape, ViTConfig
 from vitds.planning.arguments import count, counts
 from vitds.planning.devices import DEVICES, Device, device, local_device
 from vitds.planning.shapefinder import GRADIENTS, OPTIMIZERS, Fit, Found, Limits, find, grid, ours, paper
-from vitds.planning.shapes_figure import draw, plots
+from vitds.planning.shapes_figure import draw
 from vitds.planning.trials import STEPS, Trial, try_steps
 from vitds.planning.workload import Workload, workload_of, workload_of_shape
+from vitds.plots import plots
 from vitds.progress import Progress
 
 GIB = 2**30
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     if options.most < options.micro_batch:
         raise UserError(f"--most: {options.most} is less than --micro-batch {options.micro_batch}")
     if options.figure is not None:
-        plots()
+        plots("--figure")
     where = _device(options)
     limits = Limits(where.memory_bytes, options.micro_batch, options.most, options.images)
     needed = ours if options.setting == "ours" else paper(GRADIENTS[options.gradients])
