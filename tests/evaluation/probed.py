@@ -15,7 +15,8 @@ from tests.evaluation.test_ridge import made, rows_of
 from tests.zero.small import MODEL
 from vitds import dist
 from vitds.data import DataSection, SourceSection
-from vitds.evaluation.fewshot import FewShot, FewshotSection, ProbeSetSection, open_sets
+from vitds.evaluation.fewshot import FewShot
+from vitds.evaluation.probe_sets import FewshotSection, ProbeSetSection, open_sets
 from vitds.evaluation.ridge import NotFinite, Rows, solve
 from vitds.models import ViTForImageClassification, build_config
 from vitds.zero import init_distributed

@@ -20,7 +20,8 @@ from vitds.config import load_run_file, prepare
 from vitds.data import DataSection, SourceSection, build_source
 from vitds.data.sources import SOURCES
 from vitds.errors import UserError
-from vitds.evaluation.fewshot import FewShot, FewshotSection, ProbeSetSection, open_sets
+from vitds.evaluation.fewshot import FewShot
+from vitds.evaluation.probe_sets import FewshotSection, open_sets
 from vitds.metrics import read_metrics
 from vitds.models import ViTForImageClassification
 from vitds.sections import parse, to_json
@@ -139,8 +140,16 @@ def test_equals_numpy_on_the_features_of_all_images() -> None:
 def test_images_are_squashed_and_cropped_unless_told_otherwise(tmp_path: Path) -> None:
     train, test = (folder_of(tmp_path / role, {"a": 2, "b": 2}) for role in ("train", "test"))
     (one,) = opened({"sets": {"x": {"train": train, "test": {**test, "transforms": ["resize"]}}}, "shots": [1]}, 224)
-    assert one.prepared[0].transforms == [{"resize": {"size": 256}}, "central_crop"]
-    assert one.prepared[1].transforms == ["resize"]
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    rng, found = np.random.default_rng(0), []
+    for transforms in one.transforms:
+        picture: Any = pixels
+        for transform in transforms:
+            picture = transform(picture, rng)
+        found.append(np.asarray(picture))
+    squashed = np.asarray(Image.fromarray(pixels).resize((256, 256), Image.Resampling.BILINEAR))
+    assert np.array_equal(found[0], squashed[16:240, 16:240])
+    assert np.array_equal(found[1], np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR)))
 
 
 def test_only_images_that_are_drawn_are_run(tmp_path: Path) -> None:
@@ -164,7 +173,7 @@ def test_features_that_are_not_finite_are_said_and_not_a_number(capsys: pytest.C
         engine.model.norm.bias.fill_(float("nan"))
     found = measured({"sets": {"d": {"train": PLAIN, "test": PLAIN}}, "shots": [1], "seeds": 1}, engine)
     assert np.isnan(list(found.values())).all()
-    assert "vitds.fewshot.sets.d: the features of 360 images are not finite" in capsys.readouterr().err
+    assert "vitds.fewshot.sets.d.test: the features of 360 images are not finite" in capsys.readouterr().err
 
 
 SMALL = [

@@ -10,7 +10,7 @@ import torch
 
 from tests.evaluation import reference
 from tests.launching import ranks
-from vitds.evaluation.fewshot import draw
+from vitds.evaluation.probe_sets import draw
 from vitds.evaluation.ridge import NotFinite, Probe, Rows, solve
 
 SCRIPT = "tests/evaluation/probed.py"

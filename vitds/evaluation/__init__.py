@@ -2,6 +2,6 @@
 
 from vitds.evaluation.classification import evaluate
 from vitds.evaluation.evaluations import Evaluations
-from vitds.evaluation.fewshot import FewshotSection, ProbeSet, open_sets
+from vitds.evaluation.probe_sets import FewshotSection, ProbeSet, open_sets
 
 __all__ = ["Evaluations", "FewshotSection", "ProbeSet", "evaluate", "open_sets"]

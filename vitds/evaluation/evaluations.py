@@ -9,7 +9,8 @@ from typing import Any
 
 from vitds.data import BadSamples, DataSection, EvalLoader, Sources
 from vitds.evaluation.classification import evaluate
-from vitds.evaluation.fewshot import FewShot, FewshotSection, ProbeSet
+from vitds.evaluation.fewshot import FewShot
+from vitds.evaluation.probe_sets import FewshotSection, ProbeSet
 from vitds.lengths import Lengths
 
 Weights = Iterable[tuple[str, AbstractContextManager[None]]]
