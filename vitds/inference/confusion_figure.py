@@ -37,17 +37,17 @@ def draw(confusion: Confusion, names: Sequence[str], path: Path, title: str) -> 
     shares = cells(confusion)
     count = len(shares)
     picture = axes[0].imshow(
-        shares, cmap="Blues", norm="linear" if few else "asinh", vmin=0, vmax=1, interpolation="nearest",
+        shares, cmap="Blues", norm=plots("--confusion", "colors").PowerNorm(0.5, 0, 1), interpolation="nearest",
         extent=(-0.5, confusion.num_classes - 0.5, confusion.num_classes - 0.5, -0.5),
     )  # fmt: skip
-    figure.colorbar(picture, ax=axes[0], shrink=0.6, label="share of the class")
+    figure.colorbar(picture, ax=axes[0], shrink=0.6, label="share of the class", ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
     axes[0].set(xlabel="prediction", ylabel="class")
     if few:
         short = [shortened(name) for name in names]
         axes[0].set_xticks(range(count), short, rotation=90)
         axes[0].set_yticks(range(count), short)
         for label, predicted, images in zip(*confusion.pairs, strict=True):
-            shade = "white" if shares[label, predicted] > 0.6 else "black"
+            shade = "white" if shares[label, predicted] > 0.4 else "black"
             axes[0].text(predicted, label, f"{images}", ha="center", va="center", fontsize=8, color=shade)
     elif count < confusion.num_classes:
         axes[0].set_title(f"each cell the largest share of {-(-confusion.num_classes // count)} classes", fontsize=8)
@@ -55,7 +55,7 @@ def draw(confusion: Confusion, names: Sequence[str], path: Path, title: str) -> 
     axes[1].text(0, 1, "\n".join(worst_in_words(confusion, names)), va="top", fontsize=8, family="monospace")
     figure.suptitle(title, fontsize=10)
     with written("--confusion", path) as temporary:
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=130, bbox_inches="tight")
 
 
 def cells(confusion: Confusion) -> np.ndarray:
