@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trees
-from trees import CLASSES, DEPTH, HEADS, MLP, PATCH, SIDE, WIDTH, Tree
 
+from tests.formats import trees
+from tests.formats.trees import CLASSES, DEPTH, HEADS, MLP, PATCH, SIDE, WIDTH, Tree
 from vitds.checkpoint.exchange.npz import NpzWriter
 from vitds.checkpoint.exchange.pretrained import open_model
 from vitds.checkpoint.exchange.source import parts_of

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.formats import trees
 from vitds.checkpoint.exchange.npz import HEADER_BYTES, Npz, NpzWriter
 from vitds.checkpoint.exchange.weights import WeightsFile, open_weights
 from vitds.errors import UserError
