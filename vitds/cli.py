@@ -14,12 +14,13 @@ VERBS = {
     "check": "vitds.check", "plan": "vitds.planning.verbs", "shapes": "vitds.planning.shapes_verb",
     "run": "vitds.cluster.supervise.supervisor", "hostfile": "vitds.cluster.schedulers", "doctor": "vitds.cluster.doctor.verb",
     "checkpoint": "vitds.checkpoint.verbs", "convert": "vitds.checkpoint.exchange.convert", "data": "vitds.data_verbs.verbs",
-    "evaluate": "vitds.inference.evaluate", "predict": "vitds.inference.predict", "config-docs": "vitds.config_docs",
+    "evaluate": "vitds.inference.evaluate", "predict": "vitds.inference.predict",
+    "fewshot": "vitds.inference.fewshot", "config-docs": "vitds.config_docs",
 }  # fmt: skip
 """Where each lives: a module with `add_verb(verbs)` and `run(options)`, imported when it is asked for. Half of them need
 neither torch nor DeepSpeed, whose import takes seconds."""
 
-READING = ("doctor", "plan", "shapes", "data", "evaluate")
+READING = ("doctor", "plan", "shapes", "data", "evaluate", "fewshot")
 """Those that read run files, from a floor below the one where that is done: `run(options, load)`."""
 
 
