@@ -80,6 +80,7 @@ class ImageSet:
         *,
         transforms: list[Any] | None = None,
         num_classes: int | None = None,
+        shared: bool = True,
     ) -> EvalLoader:
         """This rank's share of the images, each once over all ranks, prepared as the model's image processor does it, or as a
         run file's evaluation says.
@@ -88,6 +89,7 @@ class ImageSet:
             options: with what `add_loading` adds.
             transforms: in place of the section's and of what the processor does, as a run file lists them.
             num_classes: of the labels; the model's when not given.
+            shared: False: all images are this rank's.
 
         Raises:
             UserError: the source has more classes.
@@ -103,8 +105,8 @@ class ImageSet:
             image_size=size,
             num_classes=session.config.num_classes if num_classes is None else num_classes,
             batch=options.batch,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
+            rank=dist.rank() if shared else 0,
+            world_size=dist.world_size() if shared else 1,
             transforms=[session.processor.fitted] if spec is None else build_transforms(spec, size, place),
         )
 
