@@ -53,7 +53,9 @@ def train(run: RunFile, directory: RunDirectory, plan: Plan, stop: Interruption,
     config, total, schedule = model.config, every.total, every.schedule
     engine = TrainingEngine(model, plan.groups, run.optimizer, run.deepspeed, run.accumulation)
     execute_as(part.train, model, engine.device)
-    state = RunState(engine, model, schedule, run.resolved, plan.processor, directory, part.checkpoint, part.ema)
+    state = RunState(
+        engine, model, schedule, run.resolved, plan.processor, directory, part.checkpoint, part.ema, plan.images
+    )
     state.during = watch.during
     bad = BadSamples(part.data.max_bad_samples, directory)
     shared: dict[str, Any] = {"image_size": config.image_size, "num_classes": config.num_classes}

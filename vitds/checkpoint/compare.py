@@ -19,6 +19,8 @@ SHOWN = 40
 """Lines of one kind that are shown; the worst come first."""
 WRITTEN_BY = ("world_size", "zero_stage", "versions")
 """Keys of training_state.json that say who wrote it: shown, but no difference of the state."""
+CARD = "README.md"
+"""Tells people of the state; what is to be told of it may grow from one version to the next."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,8 +59,8 @@ def compare(one: Checkpoint, other: Checkpoint, tolerance: float | None = None) 
     equal, report = _compare_state(one.training_state, other.training_state, tolerance)
     same, lines = same and equal, lines + report
     for name in _other_files(one, other):
-        lines.append(f"{name}: differs")
-        same = False
+        lines.append(f"{name}: differs" + (", which is no difference of the state" if name == CARD else ""))
+        same = same and name == CARD
     return same, [*lines, "the same" if same else "different"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from vitds import dist
 from vitds.checkpoint.ema import Ema, EmaSection
 from vitds.checkpoint.exchange.weights import open_weights
+from vitds.checkpoint.facts import facts
 from vitds.checkpoint.format import EMA, MODEL, OPTIMIZER
 from vitds.checkpoint.load import newest_checkpoint, open_checkpoint
 from vitds.checkpoint.progress import Progress
@@ -23,6 +24,7 @@ from vitds.checkpoint.transfer import source_of
 from vitds.data import BadSamples, TooManyBad
 from vitds.errors import Preempted, Stopped
 from vitds.guard import spoiled
+from vitds.identity import Images
 from vitds.interruption import Interruption
 from vitds.json_files import finite
 from vitds.layout import Shard
@@ -52,6 +54,7 @@ class RunState:
         directory: the run's; checkpoints go to its `checkpoints/`, and what happens to them into its events.
         section: when a failed save stops the run, how thoroughly to verify, what to keep.
         ema: whether to keep an average of the weights.
+        images: by role, how many they are, for the model card.
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class RunState:
         directory: RunDirectory,
         section: CheckpointSection,
         ema: EmaSection | None = None,
+        images: Images | None = None,
     ) -> None:
         self.engine, self.model, self.schedule, self.resolved = engine, model, schedule, resolved
-        self.processor, self.directory, self.section = processor, directory, section
+        self.processor, self.directory, self.section, self.images = processor, directory, section, images or {}
         self._ema_section = ema or EmaSection()
         self.ema = Ema(engine.master_shards, ema.decay) if ema is not None and ema.decay is not None else None
         self._start = Start(engine, model, schedule, resolved, self.ema)
@@ -101,6 +105,9 @@ class RunState:
                 self._write(progress)
 
     def _write(self, progress: Progress) -> None:
+        versions = {name: version(name) for name in ("vitds", "torch", "deepspeed", "transformers")}
+        unlike = getattr(self.processor, "evaluation_transforms", None)
+        told = facts(self.resolved, progress, self.schedule.total_steps, self.images, versions, unlike)
         state = {
             **finite(asdict(progress)),
             "stream": self._start.identity(),
@@ -109,12 +116,12 @@ class RunState:
             "counters": self.engine.counters(),
             "world_size": dist.world_size(),
             "zero_stage": self.engine.stage,
-            "versions": {name: version(name) for name in ("vitds", "torch", "deepspeed", "transformers")},
+            "versions": versions,
         }
         extra = {
             "config.json": self.model.config.to_json_string(use_diff=False),
             "preprocessor_config.json": self.processor.to_json_string(),
-            "README.md": model_card(self.model.config),
+            "README.md": model_card(self.model.config, told),
         }
         dist.together(self.directory.check_owner)
         self.commit()

@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from vitds.models.card import model_card
+from vitds.models.card import Result, Training, model_card
 from vitds.models.config import ModelSection, ViTConfig, build_config, label_names
 from vitds.models.execution import ATTENTION, COMPILE_MODES, check_compile_mode, execute_as
 from vitds.models.image_processor import VitdsImageProcessor
@@ -21,7 +21,9 @@ __all__ = [
     "LOSSES",
     "VARIANTS",
     "ModelSection",
+    "Result",
     "Shape",
+    "Training",
     "ViTConfig",
     "ViTForImageClassification",
     "VitdsImageProcessor",
