@@ -98,11 +98,15 @@ class WeightsFile:
 
     @cached_property
     def told(self) -> dict[str, Any]:
-        """What a config.json beside the weights says of the model, in ViTConfig's words; {} where there is none."""
+        """What a config.json beside the weights says of the model, in ViTConfig's words; {} where there is none.
+
+        It may be of another format than the names: timm's of weights that have ours.
+        """
         place = self.path if self.path.is_dir() else self.path.parent
         if isinstance(self.source, Npz) or not (place / CONFIG).is_file():
             return {}
-        return self.format.told(read_json(place / CONFIG))
+        saved = read_json(place / CONFIG)
+        return next(filter(None, (each.told(saved) for each in (self.format, *FORMATS.values()))), {})
 
     @property
     def constant(self) -> float:
