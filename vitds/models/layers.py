@@ -145,9 +145,13 @@ class Block(nn.Module):
         self.recompute = "none"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.recompute == "none" or not torch.is_grad_enabled():
+        if self.recompute == "none" or not self._has_gradient(x):
             return self.residuals(x)
         return recomputed(self.residuals, x, self.recompute)
+
+    def _has_gradient(self, x: torch.Tensor) -> bool:
+        """Whether a backward pass will come here: not where everything up to here is frozen."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def residuals(self, x: torch.Tensor) -> torch.Tensor:
         """The block itself, (B, N, D) to (B, N, D)."""
