@@ -76,7 +76,8 @@ def plain_logits(shards: list[Shard], images: torch.Tensor) -> torch.Tensor:
 def run(cell: str) -> dict[str, Any]:
     engine, model = build_engine(cell, ADAFACTOR, global_batch=4 * dist.world_size(), accumulation=1, overrides=FROZEN)
     initialise(engine, model)
-    ema = Ema(engine.master_shards, DECAY)
+    frozen = [name for group in engine.groups.values() if group.frozen for name in group.names]
+    ema = Ema(engine.master_shards, DECAY, frozen)
     ema.reset()
     reference = [shard.data.double() for shard in engine.master_shards()]
     generator = torch.Generator().manual_seed(dist.rank())

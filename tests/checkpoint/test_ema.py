@@ -56,6 +56,22 @@ def test_weights_that_stay_are_their_own_average() -> None:
     assert bits(ema.shards()) == bits(held)
 
 
+def test_what_is_frozen_is_its_own_average() -> None:
+    held = masters(4, 5)
+    ema = Ema(lambda: held, 0.5, frozen=["p1"])
+    still, moving = bits(held[1:]), bits(held[:1])
+    held[0].data.add_(1)
+    ema.update()
+    assert ema.shards()[1].data.data_ptr() == held[1].data.data_ptr()
+    assert ema.shards()[0].data.data_ptr() != held[0].data.data_ptr()
+    with ema.exchanged(lambda: None):
+        assert bits(held[1:]) == still
+        assert bits(held[:1]) != moving
+        assert bits(ema.shards()[1:]) == still
+    ema.reset()
+    assert bits(held[1:]) == still
+
+
 def test_shards_are_live_views_named_as_the_parameters() -> None:
     held = masters(3, 4)
     ema = Ema(lambda: held, 0.5)

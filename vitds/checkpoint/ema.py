@@ -7,7 +7,7 @@ After update number k, with masters m and the average a of the same elements:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,11 +44,14 @@ class Ema:
     Args:
         masters: gives this rank's masters as live views, always the same ones in the same order.
         decay: between 0 and 1.
+        frozen: names of masters that no update changes: each is its own average, and costs nothing.
     """
 
-    def __init__(self, masters: Callable[[], list[Shard]], decay: float) -> None:
-        self._masters, self.decay = masters, decay
-        self._averages = [shard.data.detach().clone() for shard in masters()]
+    def __init__(self, masters: Callable[[], list[Shard]], decay: float, frozen: Collection[str] = ()) -> None:
+        self._masters, self.decay, self._frozen = masters, decay, frozenset(frozen)
+        self._averages = [
+            shard.data.detach() if shard.name in self._frozen else shard.data.detach().clone() for shard in masters()
+        ]
 
     def shards(self) -> list[Shard]:
         """This rank's part of the average, as live views under the parameters' own names."""
@@ -60,13 +63,13 @@ class Ema:
     @torch.no_grad()
     def reset(self) -> None:
         """Begin anew: the average is the masters as they are."""
-        for master, average in self._pairs():
+        for master, average in self._moving():
             average.copy_(master.data)
 
     @torch.no_grad()
     def update(self) -> None:
         """After each update of the masters. In place and without a temporary; every rank by itself."""
-        pairs = self._pairs()
+        pairs = self._moving()
         # a + (1 − decay)·(m − a): where m stays, a stays. decay·a + (1 − decay)·m would not: its two factors, rounded to
         # fp32, do not add up to 1, and at a decay of 0.9999 the average of constant weights drifts off by 2e-4 of them.
         torch._foreach_lerp_([average for _, average in pairs], [master.data for master, _ in pairs], 1 - self.decay)
@@ -97,7 +100,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        pairs = self._pairs()
+        pairs = self._moving()
         longest = max((average.numel() for _, average in pairs), default=0)
         # Had before anything moves: running out of memory half way would leave neither.
         spare = {
@@ -110,6 +113,9 @@ class Ema:
                 kept = spare[one.device][: one.numel()].copy_(one)
                 one.copy_(other)
                 other.copy_(kept)
+
+    def _moving(self) -> list[tuple[Shard, torch.Tensor]]:
+        return [pair for pair in self._pairs() if pair[0].name not in self._frozen]
 
     def _pairs(self) -> list[tuple[Shard, torch.Tensor]]:
         masters = self._masters()

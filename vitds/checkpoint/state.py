@@ -72,7 +72,8 @@ class RunState:
         self.engine, self.model, self.schedule, self.resolved = engine, model, schedule, resolved
         self.processor, self.directory, self.section, self.images = processor, directory, section, images or {}
         self._ema_section = ema or EmaSection()
-        self.ema = Ema(engine.master_shards, ema.decay) if ema is not None and ema.decay is not None else None
+        frozen = [name for group in engine.groups.values() if group.frozen for name in group.names]
+        self.ema = Ema(engine.master_shards, ema.decay, frozen) if ema is not None and ema.decay is not None else None
         self._start = Start(engine, model, schedule, resolved, self.ema)
         self.saver = Saver(
             directory.checkpoints, background=section.background, bucket_bytes=section.bucket_mib * 2**20
