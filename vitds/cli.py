@@ -15,12 +15,13 @@ VERBS = {
     "run": "vitds.cluster.supervise.supervisor", "hostfile": "vitds.cluster.schedulers", "doctor": "vitds.cluster.doctor.verb",
     "checkpoint": "vitds.checkpoint.verbs", "convert": "vitds.checkpoint.exchange.convert", "data": "vitds.data_verbs.verbs",
     "evaluate": "vitds.inference.evaluate", "predict": "vitds.inference.predict",
-    "fewshot": "vitds.inference.fewshot", "config-docs": "vitds.config_docs",
+    "fewshot": "vitds.inference.fewshot", "embed": "vitds.inference.embed", "neighbours": "vitds.inference.neighbours",
+    "config-docs": "vitds.config_docs",
 }  # fmt: skip
 """Where each lives: a module with `add_verb(verbs)` and `run(options)`, imported when it is asked for. Half of them need
 neither torch nor DeepSpeed, whose import takes seconds."""
 
-READING = ("doctor", "plan", "shapes", "data", "evaluate", "fewshot")
+READING = ("doctor", "plan", "shapes", "data", "evaluate", "fewshot", "embed")
 """Those that read run files, from a floor below the one where that is done: `run(options, load)`."""
 
 
