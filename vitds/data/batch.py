@@ -64,4 +64,8 @@ class Layout:
 def to_model_range(images: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """float32 (B, 3, S, S) in [-1, 1] on `device`: uint8 becomes x/127.5 − 1, float passes."""
     images = images.to(device, non_blocking=True)
-    return images if images.is_floating_point() else images.float().div_(127.5).sub_(1)
+    if images.is_floating_point():
+        return images
+    # By a tensor on the device: by a Python number CUDA multiplies with its inverse, which in the last bit is not what the
+    # saved image processor does.
+    return images.float().div_(torch.full((), 127.5, device=images.device)).sub_(1)
