@@ -205,7 +205,7 @@ def test_a_faiss_index_finds_the_same(model: Path, banks: tuple[Path, Path], tmp
         index = faiss.read_index(str(file))
         asked = torch.nn.functional.normalize(queries) if metric == "cosine" else queries
         scores, rows = index.search(asked.numpy(), 3)
-        ours = nearest(queries, lambda: [bank], 3, metric)
+        ours = nearest(queries, lambda bank=bank: [bank], 3, metric)
         assert (rows == ours.rows.numpy()).mean() > 0.999  # but for ties in the last digit
         theirs = scores if metric == "cosine" else -np.sqrt(scores)
         np.testing.assert_allclose(theirs, ours.scores, atol=2e-3)
