@@ -161,6 +161,14 @@ BAD: dict[str, tuple[Callable[[Tree], Tree], str]] = {
         lambda t: t | {"params/pre_logits/kernel": t["params/head/kernel"]},
         "tensor 'params/pre_logits/kernel': the model has a layer before its classifier (rep_size)",
     ),
+    "a name outside the tree": (
+        lambda t: t | {"ema/head/bias": t["params/head/bias"]},
+        "tensor 'ema/head/bias': nothing here asks for it (did you mean 'params/head/bias'?)",
+    ),
+    "a third tower": (
+        lambda t: {k.replace("params/", "params/img/"): v for k, v in t.items()} | {"params/aud/t": t["params/head/bias"]},
+        "tensor 'params/aud/t': nothing here asks for it",
+    ),
     "both positions": (
         lambda t: t | {"params/Transformer/pos_embedding": t["params/pos_embedding"]},
         "are both pos_embedding",
