@@ -52,9 +52,9 @@ def run(options: argparse.Namespace) -> int:
         rounds = -(-len(here) // dist.world_size())
         own += [[]] * (rounds - len(own))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            waiting = _prepared(threads, session, own[0])
+            waiting = prepared(threads, session, own[0])
             for following in [*own[1:], []]:  # which are decoded while the model is at work
-                current, waiting = waiting, _prepared(threads, session, following)
+                current, waiting = waiting, prepared(threads, session, following)
                 for answers in dist.all_objects(predictions(session, current, options.top)):
                     for answer in answers:
                         failed += "error" in answer
@@ -82,7 +82,8 @@ def image_files(named: Sequence[str]) -> list[Path]:
     return found
 
 
-def _prepared(threads: ThreadPoolExecutor, session: Session, paths: list[Path]) -> list[tuple[Path, Future[Any]]]:
+def prepared(threads: ThreadPoolExecutor, session: Session, paths: list[Path]) -> list[tuple[Path, Future[Any]]]:
+    """What will be the images of a batch, decoded and fitted by threads."""
     return [(path, threads.submit(_pixels, session, path)) for path in paths]
 
 
@@ -96,11 +97,11 @@ def _pixels(session: Session, path: Path) -> np.ndarray:
     return pixels
 
 
-def predictions(session: Session, prepared: list[tuple[Path, Future[Any]]], top: int) -> list[Answer]:
+def predictions(session: Session, images: list[tuple[Path, Future[Any]]], top: int) -> list[Answer]:
     """The answers for one batch of images, each with the `top` best labels."""
-    answers: list[Answer] = [{"image": str(path)} for path, _ in prepared]
+    answers: list[Answer] = [{"image": str(path)} for path, _ in images]
     pixels, places = [], []
-    for place, (_, future) in enumerate(prepared):
+    for place, (_, future) in enumerate(images):
         try:
             pixels.append(future.result())
             places.append(place)
