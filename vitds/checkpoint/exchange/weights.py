@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from vitds import dist
 from vitds.checkpoint.exchange.npz import Npz
 from vitds.checkpoint.exchange.source import SafetensorsSource, Source
 from vitds.checkpoint.files import read_json
@@ -22,7 +21,7 @@ from vitds.checkpoint.whole import check_whole
 from vitds.errors import UserError, nearest
 from vitds.layout import Shard
 from vitds.models.config import ViTConfig
-from vitds.models.formats import FORMATS, Conversion, Format, Outline, Part, Piece, config_of, format_of
+from vitds.models.formats import FORMATS, Conversion, Format, Outline, Part, Piece, check_words, config_of, format_of
 from vitds.models.formats.words import one
 
 CONFIG = "config.json"
@@ -106,7 +105,12 @@ class WeightsFile:
         if isinstance(self.source, Npz) or not (place / CONFIG).is_file():
             return {}
         saved = read_json(place / CONFIG)
-        return next(filter(None, (each.told(saved) for each in (self.format, *FORMATS.values()))), {})
+        told = next(filter(None, (each.told(saved) for each in (self.format, *FORMATS.values()))), {})
+        try:
+            check_words(told)
+        except UserError as error:
+            raise UserError(f"{place / CONFIG}: {error}") from None
+        return told
 
     @property
     def constant(self) -> float:
@@ -160,8 +164,7 @@ class WeightsFile:
             self._fill(shards)
         except (UserError, OSError) as error:
             problems.append(str(error))
-        if dist.all_objects(problems) != [[]] * dist.world_size():
-            agree(problems, self.path)
+        agree(problems, self.path)
 
     def read_tensor(self, name: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
         """Elements [start, start + numel) of a tensor, flattened: (numel,) fp32 on the CPU."""

@@ -3,7 +3,7 @@
 from vitds.errors import UserError
 from vitds.models.formats.big_vision import BigVision
 from vitds.models.formats.ours import Ours
-from vitds.models.formats.outline import Outline, config_of, description, our_shapes
+from vitds.models.formats.outline import Outline, check_words, config_of, description, our_shapes
 from vitds.models.formats.siglip import Siglip
 from vitds.models.formats.timm import Timm
 from vitds.models.formats.words import Conversion, Format, Part, Piece, Shapes
@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "Piece",
     "Shapes",
+    "check_words",
     "config_of",
     "description",
     "format_of",

@@ -67,6 +67,25 @@ def our_shapes(outline: Outline) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("width", "depth", "mlp_dim", "num_heads", "patch_size", "image_size", "num_classes"), (int,)),
+    **dict.fromkeys(("pool", "loss", "variant", "problem_type"), (str,)),
+    "init_head_bias": (int, float),
+    "id2label": (dict,),
+    "label2id": (dict,),
+}
+"""What a told word's value has to be."""
+
+
+def check_words(told: Mapping[str, Any]) -> None:
+    """UserError for a value that is not of its word's kind."""
+    for name, value in told.items():
+        kinds = KINDS.get(name, (object,))
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and object not in kinds)):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{name}: {value!r} is not possible; expected {expected}")
+
+
 def config_of(outline: Outline, told: Mapping[str, Any]) -> ViTConfig:
     """The configuration of a model: what its weights show, and of the rest what is told.
 
@@ -77,6 +96,7 @@ def config_of(outline: Outline, told: Mapping[str, Any]) -> ViTConfig:
     Raises:
         UserError: something told is not what the weights show (both are named); heads that nothing tells.
     """
+    check_words(told)
     given = {name: value for name, value in told.items() if value is not None}
     if "variant" in given:
         named = variant_shape(given.pop("variant"))
