@@ -10,6 +10,7 @@ import torch
 
 from tests.evaluation import reference
 from tests.launching import ranks
+from vitds.evaluation import ridge
 from vitds.evaluation.probe_sets import draw
 from vitds.evaluation.ridge import NotFinite, Probe, Rows, solve
 
@@ -73,6 +74,15 @@ def test_equals_the_equations(width: int, num_classes: int, per_class: list[int]
         predicted = reference.predictions(expected, unseen)
         assert np.array_equal(probe.scores(torch.from_numpy(unseen)).argmax(dim=1), predicted)
         assert probe.count_right(torch.from_numpy(unseen), torch.from_numpy(classes)) == (predicted == classes).sum()
+
+
+@pytest.mark.parametrize(("width", "form"), [(24, "_primal"), (25, "_dual")])
+def test_the_form_is_chosen_by_the_bias_counted(width: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 images: the forms agree, so that only which of them is solved tells where the border lies."""
+    features, labels = made(width, 5, [5] * 5)
+    other = "_dual" if form == "_primal" else "_primal"
+    monkeypatch.delattr(ridge, other)
+    assert len(list(solve(rows_of(features, labels, 5, 0, 5), [5], 5, 1024.0))) == 1
 
 
 def test_of_equal_scores_the_first_class_counts() -> None:
