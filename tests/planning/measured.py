@@ -49,6 +49,8 @@ ADAFACTOR = {"type": "ModifiedAdafactor", "params": {"lr": 5e-3, "weight_decay":
 ADAM = {"type": "HalfPrecisionMomentumAdam", "params": {"lr": 3e-3, "weight_decay": 0.03}}
 SGD = {"type": "HalfPrecisionMomentumSGD", "params": {"lr": 3e-3}}
 TORCH = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+BELOW, TRUNK = r"patch_embed\..*|pos_embed|blocks\.[012]\..*", r"(?!head\.).*"
+"""What is frozen."""
 FLAT = 2**20
 STEPS = 2
 
@@ -66,8 +68,15 @@ class Run:
     bucket: int = 300_000
     zero: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    frozen: str = ""
+    """Pattern of the parameters that are not trained."""
     ranks: tuple[int, ...] = (1, 2)
     quick: bool = False
+
+    @property
+    def overrides(self) -> list[Any]:
+        """`vitds.groups` of a run file."""
+        return [[self.frozen, {"frozen": True}]] if self.frozen else []
 
     @property
     def deepspeed(self) -> dict[str, Any]:
@@ -99,6 +108,12 @@ RUNS: dict[str, Run] = {
        for name in ("fp32 z2", "bf16 z2", "bf16 z3") for policy in ("none", "full", "every:2", "selective")},
     "long softmax": Run("bf16 z2", 2, 4, {**LONG, "loss": "softmax", "pool": "gap"}, ranks=(1,)),
     "long token": Run("fp32 z1", 2, 4, {**LONG, "pool": "token"}, ranks=(1,)),
+    **{f"{name} frozen below": Run(name, count, optimizer=SGD, frozen=BELOW, quick=name == "bf16 z2" and count == 2)
+       for name in ("fp32 z0", "fp32 z1", "bf16 z0", "bf16 z1", "bf16 z1 fp32 sums", "bf16 z2", "bf16 z3") for count in (1, 2)},
+    **{f"long {name} frozen below, {policy}": Run(name, 1, 4, LONG, policy=policy, frozen=BELOW, ranks=(1,), quick=policy == "selective")
+       for name, policies in (("fp32 z2", ("none", "full", "every:2", "selective")), ("bf16 z2", ("none", "every:2", "selective")))
+       for policy in policies},
+    **{f"{size} frozen trunk": Run("bf16 z2", 2, 4, model, optimizer=SGD, frozen=TRUNK) for size, model in (("wide", WIDE), ("long", LONG))},
     "long wide classifier": Run("bf16 z2", 1, 16, {**LONG, "num_classes": 8000}, ranks=(1,)),
 }  # fmt: skip
 
@@ -115,7 +130,7 @@ def measure(run: Run) -> dict[str, Any]:
     config = build_config(ModelSection(**run.model))
     workload = workload_of_shape(
         config, run.optimizer, run.deepspeed, micro_batch=run.micro_batch, accumulation=run.accumulation,
-        policy=run.policy, device="cpu", flat_elements=FLAT,
+        policy=run.policy, device="cpu", flat_elements=FLAT, overrides=run.overrides,
     )  # fmt: skip
     forecast = memory(workload, ranks)
     size = config.image_size
@@ -156,7 +171,7 @@ def build(run: Run, config: ViTConfig, section: Mapping[str, Any]) -> TrainingEn
     vit.set_activation_checkpointing(run.policy)
     rates = {key: run.optimizer["params"].get(key) for key in ("lr", "weight_decay", "head_weight_decay")}
     rates["weight_decay"] = rates["weight_decay"] or 0.0
-    groups = build_groups(vit.shapes, **rates, decay_patterns=vit.decay_patterns())
+    groups = build_groups(vit.shapes, **rates, decay_patterns=vit.decay_patterns(), overrides=run.overrides)
     batch = {"train_batch_size": run.micro_batch * run.accumulation * dist.world_size()}
     batch["train_micro_batch_size_per_gpu"] = run.micro_batch
     return TrainingEngine(vit, groups, run.optimizer, {**section, **batch}, run.accumulation, FLAT)

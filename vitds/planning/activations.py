@@ -15,7 +15,8 @@ so 8D + 2M, compiled or not: of the compiled block other tensors are kept, equal
                 torch keeps because they are products;
                 at ZeRO-3, whose products are DeepSpeed's own, D and D of attention's result alone
 
-and the rest of it is back while its backward pass runs. On CPUs in 16 bits attention works on fp32 copies of q, k and v.
+and the rest of it is back while its backward pass runs. Below everything that is trained nothing is kept. A frozen block above keeps
+as much here as a trained one; in truth without the inputs of its products, which only their weights' gradients need. On CPUs in 16 bits attention works on fp32 copies of q, k and v.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class Activations:
 
 def activations(workload: Workload) -> Activations:
     """Those of one micro batch."""
-    policies = per_block(workload.policy, workload.model.depth)
-    held = {policy: _backward(workload, policy) for policy in set(policies)}
-    kept = {policy: _block(workload, policy) for policy in set(policies)}
+    policies: list[str | None] = list(per_block(workload.policy, workload.model.depth))
+    policies[: max(workload.lowest, 0)] = [None] * max(workload.lowest, 0)  # no backward pass comes here
+    held = {policy: _backward(workload, policy) if policy else (0, 0) for policy in set(policies)}
+    kept = {policy: _block(workload, policy) if policy else {} for policy in set(policies)}
     return Activations([kept[p] for p in policies], [held[p] for p in policies], _ends(workload), _head(workload))
 
 
@@ -123,9 +125,14 @@ def _ends(workload: Workload) -> dict[str, int]:
         pool += images * (e * (5 * width + 2 * mlp) + 4 * model.num_heads)
     elif model.pool == "token" and e == 4:
         norm += tokens * e * width  # a view of one token keeps all of them
+    names = workload.job.names
+    if all(name.startswith("head.") for name in names):
+        norm = pool = 0  # what the classifier keeps is its own input
     ends = {
         "images": images * model.image_size**2 * 12,
-        "patches": images * model.num_patches * 3 * model.patch_size**2 * e,
+        "patches": images * model.num_patches * 3 * model.patch_size**2 * e
+        if "patch_embed.proj.weight" in names
+        else 0,
         "norm": norm,
         "pool": pool,
     }

@@ -134,3 +134,10 @@ class Job:
     def hpz(self) -> int:
         """zero_hpz_partition_size."""
         return int(self.zero.get("zero_hpz_partition_size", 1)) if self.stage == 3 else 1
+
+
+def block_of(name: str, depth: int) -> int:
+    """In which block a parameter is: `depth` behind them, -1 before."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return -1 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth

@@ -3,7 +3,8 @@
 A micro batch of B images of T tokens through L blocks of width D and MLP M, e bytes a number:
 
     products       2 FLOPs a multiply-add (vitds.models.flops_per_image), twice more in backward, at PRODUCTS of the peak, and TAIL
-                   seconds for each: its start, and the last wave of tiles that does not fill the device
+                   seconds for each: its start, and the last wave of tiles that does not fill the device; backward once for inputs,
+                   down to the lowest trained block, and once for weights that are trained
     attention      4·T²·D a block and image forward, 2.5 times that backward (it computes the scores again), at a part of the peak
     elementwise    what norms, sums, GELU and biases read and write, at STREAM of the bandwidth; in numbers a token and block:
                        forward    norms 4D, sums 6D, GELU 2M                    compiled: 9D and 2M
@@ -87,8 +88,9 @@ def step_time(
     model, peak = workload.model, device.peak_flops / (1 if workload.precision_bytes == 2 else 2)
     flops = flops_per_image(model) * workload.micro_batch
     forward, backward = _passes(workload, device, peak, flops)
+    passes = 1 + workload.reached + workload.weights_trained
     if mfu is not None:
-        whole = 3 * flops / (peak * mfu)
+        whole = passes * flops / (peak * mfu)
         scale = whole / (sum(forward.values()) + sum(backward.values()))
         forward, backward = ({k: v * scale for k, v in part.items()} for part in (forward, backward))
     again = _again(workload, forward)
@@ -108,7 +110,7 @@ def step_time(
     hides = {"forward": count * sum(forward.values()), "backward": behind * (1 if workload.job.stage < 2 else count)}
     parts["communication waited for"] = waited_for(times, hides, workload.job, machine)
     shown = tuple((kind, time) for kind, time in parts.items() if time)
-    return StepTime(shown, workload.images * ranks, 3 * flops * count, peak)
+    return StepTime(shown, workload.images * ranks, passes * flops * count, peak)
 
 
 def _passes(workload: Workload, device: Device, peak: float, flops: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -127,14 +129,19 @@ def _passes(workload: Workload, device: Device, peak: float, flops: float) -> tu
     moved = tokens * e * depth / stream
     return (
         {"products": products + tail, "attention": seen, "elementwise": ahead * moved},
-        {"products": 2 * (products + tail), "attention": 2.5 * seen, "elementwise": behind * moved},
+        {
+            "products": (workload.reached + workload.weights_trained) * (products + tail),
+            "attention": workload.reached * 2.5 * seen,
+            "elementwise": workload.reached * behind * moved,
+        },
     )
 
 
 def _again(workload: Workload, forward: dict[str, float]) -> float:
     """Seconds of what a micro batch's backward pass computes again."""
     policies = per_block(workload.policy, workload.model.depth)
-    full, selective = (policies.count(name) / len(policies) for name in ("full", "selective"))
+    reached = policies[max(workload.lowest, 0) :]
+    full, selective = (reached.count(name) / len(policies) for name in ("full", "selective"))
     whole = sum(forward.values())
     cheap = whole - forward["attention"] if workload.job.stage == 3 else forward["elementwise"]
     return full * whole + selective * cheap

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from vitds.planning.communication import ENGINE_BUCKET, buckets_of, persistent_of
 from vitds.planning.gathers import Settings, most_whole
-from vitds.planning.job import Job
+from vitds.planning.job import Job, block_of
 from vitds.planning.optimizer_state import scratch_bytes, state_bytes
 from vitds.planning.shares import FlatShare, flat_shares, master_bytes, sum_bytes
 from vitds.planning.workload import Workload
@@ -73,7 +73,7 @@ class States:
         self.bucket = int(job.zero.get("reduce_bucket_size", 5e8))
         self.buckets = buckets_of(trained, sizes, self.bucket)
         depth = self.workload.model.depth
-        self.blocks = {name: _block_of(name, depth) for name in sizes}
+        self.blocks = {name: block_of(name, depth) for name in sizes}
         self._known: dict[tuple[int, bool] | None, list[Part]] = {}
 
     @property
@@ -100,6 +100,8 @@ class States:
         yield from self._weights()
         if job.stage or job.half:
             yield Part("masters", "16 bits" if master == 2 else "fp32", master * share)
+        if workload.device == "cpu":  # beside other devices they are in the host's memory
+            yield Part("masters", "of what is frozen", self.frozen_bytes)
         yield Part("optimizer state", workload.optimizer, state_bytes(job, self.ranks))
         if workload.ema:
             yield Part("average", "fp32", 4 * share)
@@ -197,6 +199,11 @@ class States:
             yield Part("weights", "gathered, persistent", kept * e, (REDUCE, SAVING))
 
     @property
+    def frozen_bytes(self) -> int:
+        """Of the fp32 values of what is frozen, which a rank keeps its part of in host memory."""
+        return sum(4 * math.ceil(size / self.ranks) for name, size in self.sizes.items() if name not in self.names)
+
+    @property
     def share(self) -> int:
         """S: elements that a rank steps."""
         return sum(flat.share for flat in self.flats)
@@ -234,13 +241,6 @@ class States:
         sizes = self.sizes
         names = [name for name in self.names if sizes[name] > self.bucket and self.blocks[name] > block]
         return min(sum(sizes[name] for name in names), self.share + self._largest)
-
-
-def _block_of(name: str, depth: int) -> int:
-    """In which block a parameter is: `depth` behind them, -1 before."""
-    if name.startswith("blocks."):
-        return int(name.split(".")[1])
-    return -1 if name.startswith(("patch_embed", "pos_embed", "cls_token")) else depth
 
 
 def _engine_bucket(sizes: list[int]) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from vitds.models import ViTConfig, ViTForImageClassification, build_config
 from vitds.optim.groups import FLAT_ELEMENTS, build_groups
-from vitds.planning.job import Job
+from vitds.planning.job import Job, block_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,24 @@ class Workload:
     def tokens(self) -> int:
         """Of one image, in the blocks."""
         return self.model.num_patches + (self.model.pool == "token")
+
+    @cached_property
+    def lowest(self) -> int:
+        """The block that a backward pass comes to last: the lowest with a trained parameter, or with one below it (-1: what is
+        before the blocks; `depth`: none of them)."""
+        depth = self.model.depth
+        return min((block_of(name, depth) for name in self.job.names), default=depth)
+
+    @property
+    def reached(self) -> float:
+        """The part of the blocks that a backward pass comes to."""
+        return (self.model.depth - max(self.lowest, 0)) / self.model.depth
+
+    @cached_property
+    def weights_trained(self) -> float:
+        """The part of the kernels' elements that gradients are computed of."""
+        sizes = {name: size for name, size in self.job.sizes.items() if len(self.job.shapes[name]) > 1}
+        return sum(size for name, size in sizes.items() if name in self.job.names) / sum(sizes.values())
 
     @property
     def images(self) -> int:
@@ -101,14 +120,16 @@ def workload_of_shape(
     compiled: bool = False,
     device: str = "cuda",
     flat_elements: int = FLAT_ELEMENTS,
+    overrides: Sequence[Any] = (),
 ) -> Workload:
     """That of a shape, without a run file.
 
     Args:
         optimizer: type and params.
         section: DeepSpeed's half of a run file, as resolved.
+        overrides: `vitds.groups` of a run file.
     """
-    job = replace(job_of(model, optimizer, section, policy=policy), flat_elements=flat_elements)
+    job = replace(job_of(model, optimizer, section, policy=policy, overrides=overrides), flat_elements=flat_elements)
     return Workload(job, model, micro_batch, accumulation, compiled, device=device)
 
 
