@@ -1,4 +1,5 @@
 # make train   set up and train the example on this machine's GPUs, or on its CPU
+# make finetune   what make train has learnt, at another resolution with a new classifier; make finetune-scratch: the same from scratch
 # make test    set up and run the tests
 # make torture   every cell of the ZeRO, reshape and kill matrices, on every number of ranks (about an hour)
 # make torture-cluster   hosts that are killed, frozen, cut off or slow, at several times of a run (Linux, root; about an hour)
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/digits
 CONFIG ?= ds_configs/digits.json
+FINETUNE ?= runs/finetune_digits
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -19,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 RANKS ?= --num_gpus 2
 endif
 
-.PHONY: setup train test torture torture-cluster lint bench docs
+.PHONY: setup train finetune finetune-scratch test torture torture-cluster lint bench docs
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +34,15 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY)
 	$(BIN)/deepspeed $(RANKS) launcher/train.py --config $(CONFIG) --output-dir $(RUN)
+
+finetune: $(READY)
+	@ls -d $(RUN)/checkpoints/step-* > /dev/null 2>&1 || { echo "there is no checkpoint in $(RUN) to start from: run 'make train' first, or say RUN=DIRECTORY"; exit 2; }
+	$(BIN)/deepspeed $(RANKS) launcher/train.py --config ds_configs/finetune_digits.json --output-dir $(FINETUNE) --set vitds.init_from.path=$(RUN)
+	@$(BIN)/python benchmarks/finetune.py $(FINETUNE) $(FINETUNE)_scratch
+
+finetune-scratch: $(READY)
+	$(BIN)/deepspeed $(RANKS) launcher/train.py --config ds_configs/finetune_digits.json --output-dir $(FINETUNE)_scratch --set vitds.init_from=null
+	@$(BIN)/python benchmarks/finetune.py $(FINETUNE) $(FINETUNE)_scratch
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
