@@ -25,7 +25,7 @@ from vitds.models.formats.siglip import lost, siglip_config, stock_processor
 from vitds.models.formats.timm import timm_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FILE_BYTES = 10 * 10**9
+FILE_BYTES = 5_000_000_000
 """Weights of a directory are in files of at most so many bytes, as checkpoints' are."""
 
 
