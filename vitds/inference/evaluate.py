@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vitds import dist
+from vitds.data import TooManyBad
+from vitds.data.storage import StorageError
 from vitds.evaluation.classification import TOPS, evaluate
 from vitds.evaluation.confusion import Confusion, Ranking
 from vitds.inference.confusion_figure import draw
@@ -45,7 +47,7 @@ def add_verb(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
-    """Evaluate and print; 1 where no image could be used.
+    """Evaluate and print; 1 where no image could be used, too many could not, or storage fails.
 
     Raises:
         UserError: a model or images that cannot be used, classes that are not the model's, or an output that cannot be
@@ -55,6 +57,14 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     check_output("--per-class", options.per_class, (".csv", ".json"))
     if options.confusion is not None:
         plots("--confusion")
+    try:
+        return _evaluate(options, load)
+    except (StorageError, TooManyBad) as error:
+        say(f"vitds: {error}")
+        return 1
+
+
+def _evaluate(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     with opened(options) as session:
         images = image_set(options.images, load)
         images = images if options.by_number else images.with_classes_of(session)
@@ -74,7 +84,7 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
         if ranking is not None and (precision := ranking.mean_average_precision()) is not None:
             figures |= {"mean_average_precision": precision[0], "classes_with_images": precision[1]}
         loader.bad.share()
-        bad = loader.bad_samples
+        bad = len(loader.bad_samples)
         confusion.share()
         if dist.is_main():
             about = {"checkpoint": str(session.path), "step": session.step, "data": options.images}
@@ -82,12 +92,10 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
                 _write_table(options.per_class, table(confusion, session.labels))
             if options.confusion is not None:
                 draw(confusion, session.labels, options.confusion, f"{options.images}: {_heading(figures)}")
-            for one in bad:
-                say(f"vitds: {one.key}: {one.reason}")
             print(
-                json.dumps(finite({**about, **figures, "unusable": len(bad)}), indent=2, ensure_ascii=False)
+                json.dumps(finite({**about, **figures, "unusable": bad}), indent=2, ensure_ascii=False)
                 if options.json
-                else "\n".join(described(figures, confusion, session, len(bad), ranking is not None))
+                else "\n".join(described(figures, confusion, session, bad, ranking is not None))
             )
     return 0 if figures["images"] else 1
 
