@@ -56,6 +56,23 @@ def other_images(stored: Path, images: Images) -> dict[str, str]:
     }
 
 
+def other_training_images(run: Path, other: str, stored: dict[str, Any], resolved: dict[str, Any]) -> str:
+    """The message when a run is to go on with other training images, which another minival leaves, too.
+
+    Args:
+        run: its directory.
+        other: how they differ (`other_images`).
+        stored: the run file that it began with.
+        resolved: that of this start.
+    """
+    was, now = (((file.get("vitds") or {}).get("data") or {}).get("minival", 0.0) for file in (stored, resolved))
+    key, mend = ("train", "Bring the same files back") if was == now else ("minival", f"Set it to {was:g} again")
+    return (
+        f"vitds.data.{key}: {run} holds a run on other training images: {other}. {mend}, or take another --output-dir, with "
+        "vitds.init_from to go on from the weights that are there."
+    )
+
+
 def identity(run_file: dict[str, Any]) -> dict[str, Any]:
     """The part of a run file that may not change, as {dotted key: value}."""
     found: dict[str, Any] = {}

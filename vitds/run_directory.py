@@ -16,7 +16,7 @@ from typing import Any
 
 from vitds import dist
 from vitds.errors import EXIT_PREEMPTED, Preempted, Stopped, UserError
-from vitds.identity import Images, differences, identity, other_images
+from vitds.identity import Images, differences, identity, other_images, other_training_images
 from vitds.json_files import Expendable, append_row, finite, read_object, read_rows, say, write_json
 from vitds.lease import Lease, Place
 
@@ -133,16 +133,7 @@ class RunDirectory:
                 + "\nTake another --output-dir, or the run file of the run that is there."
             )
         if other := other_images(self._images, images).get("train"):
-            was, now = (
-                ((file.get("vitds") or {}).get("data") or {}).get("minival", 0.0) for file in (stored, resolved)
-            )
-            key, mend = (
-                ("train", "Bring the same files back") if was == now else ("minival", f"Set it to {was:g} again")
-            )
-            raise UserError(
-                f"vitds.data.{key}: {self.path} holds a run on other training images: {other}. {mend}, "
-                "or take another --output-dir, with vitds.init_from to go on from the weights that are there."
-            )
+            raise UserError(other_training_images(self.path, other, stored, resolved))
 
     def write_config(self, resolved: dict[str, Any], images: Images) -> None:
         """Keep the resolved run file as config.json, and what tells its images from others as images.json; what has changed
