@@ -66,6 +66,8 @@ def measured(given: dict[str, Any], engine: Plain, batch: int = 50) -> dict[str,
          "vitds.fewshot.sets.digits.train: 200 shots, but the largest of its 10 classes has 147 images"),
         ({"sets": {"x": {"train": PLAIN, "test": {"source": "folder", "path": "/nowhere"}}}},
          "vitds.fewshot.sets.x.test.path: '/nowhere' is not there"),
+        ({"sets": {"x": {"train": PLAIN, "test": {"source": "digits", "transforms": [{"resize": {"size": 9}}]}}}},
+         "vitds.fewshot.sets.x.test.transforms: digits/0 comes out 9×9, the model takes 8×8"),
         ({"sets": {"x": {"train": PLAIN, "test": {"source": "synthetic"}}}}, "number their classes differently: 10 and 1000"),
     ],
 )  # fmt: skip
@@ -191,7 +193,7 @@ PROBED = [
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """ZeRO-3 on 2 ranks with the probe, and without it."""
     runs = [tmp_path_factory.mktemp("probed") / name for name in ("with", "without")]
-    for run, overrides in zip(runs, ([*SMALL, *PROBED], SMALL), strict=True):
+    for run, overrides in zip(runs, ([*SMALL, *PROBED], [*SMALL, "vitds.fewshot.sets={}"]), strict=True):
         done = train_alone(2, RUN_FILE, run, *overrides)
         assert done.returncode == 0, done.stdout[-3000:]
     return runs[0], runs[1]

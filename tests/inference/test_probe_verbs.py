@@ -84,7 +84,7 @@ def test_fewshot_equals_the_run_files_own_sets(model: Path, tmp_path: Path, caps
         (["--train", "digits:train", "--test", "digits", "--shots", "200"], "--train digits:train: 200 shots, but the largest"),
         (["--train", "digits:train", "--test", "digits", "--l2", "0"], "l2: expected a number above 0"),
         (["--train", "digits:trian", "--test", "digits"], "did you mean 'train'"),
-        (["--config", str(ROOT / "ds_configs" / "digits.json")], "vitds.fewshot.sets names no set"),
+        (["--config", str(ROOT / "ds_configs" / "imagenet_s16.json")], "vitds.fewshot.sets names no set"),
     ],
 )  # fmt: skip
 def test_fewshot_says_what_is_wrong(model: Path, capsys, words: list[str], message: str) -> None:

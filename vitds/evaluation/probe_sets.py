@@ -17,6 +17,7 @@ import numpy as np
 
 from vitds.data import Source, SourceSection, build_source
 from vitds.data.minival import Part
+from vitds.data.samples import Images
 from vitds.data.transforms import Transform, build_transforms
 from vitds.errors import UserError
 from vitds.sections import Duration, check_least, key
@@ -108,7 +109,7 @@ def open_set(
         )
     except UserError as error:
         raise UserError(_renamed(str(error), said)) from None
-    return draw_set(name, said, train, test, (learnt, tested), shots, seeds)
+    return draw_set(name, said, train, test, (learnt, tested), shots, seeds, image_size)
 
 
 def squash(image_size: int) -> list[Any]:
@@ -125,8 +126,9 @@ def draw_set(
     transforms: tuple[Sequence[Transform], Sequence[Transform]],
     shots: Sequence[int],
     seeds: int,
+    image_size: int,
 ) -> ProbeSet:
-    """As `open_sets`, of one whose sources are open."""
+    """As `open_sets`, of one whose sources are open. One image of each is prepared: a probe comes late in a run."""
     for where, source in zip(said, (train, test), strict=True):
         if source.multi_label:
             raise UserError(f"{where}: its images have several labels each; a probe learns one class an image")
@@ -150,6 +152,13 @@ def draw_set(
         )
     places = np.stack([draw(labels, seed, most, num_classes) for seed in range(seeds)])
     drawn = np.flatnonzero((places >= 0).any(axis=0))
+    for where, source, steps in zip(said, (Part(train, drawn), test), transforms, strict=True):
+        try:
+            Images(source, steps, "eval", image_size, num_classes, 0).prepare(
+                source.read(0), np.random.default_rng(0), 0
+            )
+        except UserError as error:
+            raise UserError(str(error).replace("vitds.data.eval", where)) from None
     remark = _remark(said[0], counts, tested, most, names)
     return ProbeSet(name, said, Part(train, drawn), test, transforms, places[:, drawn], num_classes, remark)
 

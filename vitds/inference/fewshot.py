@@ -108,7 +108,7 @@ def _sets(
     said = (f"--train {options.train}", f"--test {options.test}")
     name = f"{options.train} → {options.test}"
     sources = (train.source, test.source)
-    return section, [draw_set(name, said, *sources, (transforms, transforms), section.shots, section.seeds)]
+    return section, [draw_set(name, said, *sources, (transforms, transforms), section.shots, section.seeds, size)]
 
 
 def _probed(probe: FewShot, one: ProbeSet, section: FewshotSection, at_once: int) -> dict[int, list[float]]:
