@@ -25,7 +25,7 @@ class ClassificationPipeline(ImageClassificationPipeline):
     is opened by transformers, and made RGB as it does.
     """
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]  # as its superclass
         """A path, a Pillow image, an array, a tensor, a URL or base64 to the model's inputs."""
         if not isinstance(self.image_processor, VitdsImageProcessor):
             return super().preprocess(image, timeout)
