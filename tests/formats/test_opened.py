@@ -133,6 +133,32 @@ def test_what_does_not_fit_is_one_clear_line(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("words", [{"crop_size": "a"}, {"crop_size": 18, "size": 9}, {"crop_size": 18, "image_std": [0.5]}, {"crop_size": 18, "image_std": [0, 0, 0]}])  # fmt: skip
+def test_an_image_processor_that_cannot_be_is_one_clear_line(
+    tmp_path: Path, model: ViTForImageClassification, words: dict[str, object]
+) -> None:
+    model.save_pretrained(tmp_path)
+    saved = {"image_processor_type": "VitdsImageProcessor", **words}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: not what an image processor is made of"):
+        open_model(tmp_path)
+
+
+def test_another_model_s_processor_says_mean_and_deviation(tmp_path: Path, model: ViTForImageClassification) -> None:
+    model.save_pretrained(tmp_path)
+    levels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    saved = {"image_processor_type": "CLIPImageProcessor", "crop_size": {"height": 18, "width": 18}, **levels}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    processor = open_model(tmp_path).processor
+    assert {"image_mean": processor.image_mean, "image_std": processor.image_std} == levels
+
+
+def test_a_variant_that_is_told_is_compared(tmp_path: Path, model: ViTForImageClassification) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="width: 1024 is told, and the weights have 24"):
+        open_model(tmp_path, told={"variant": "ViT-L/16"})
+
+
 def test_places_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="a run's directory without any checkpoint"):

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.formats.test_siglip import made, shapes, state_of
 from tests.models.test_forward import POOLS, pictures, scrambled, small
+from vitds.checkpoint.exchange.pretrained import open_model
 from vitds.errors import UserError
 from vitds.models import ViTConfig, VitdsImageProcessor, ViTForImageClassification
 from vitds.models.card import timm_call
@@ -72,13 +74,30 @@ def test_models_that_compute_something_else_are_refused_with_the_reason() -> Non
 def test_the_config_beside_the_weights_tells_heads_size_and_classes() -> None:
     config = small("token")
     saved = json.loads(json.dumps(timm_config(config, VitdsImageProcessor(crop_size=38).to_dict())))
-    assert FORMATS["timm"].told(saved) == {"num_heads": 3, "image_size": 38}
+    assert FORMATS["timm"].told(saved) == {"num_heads": 3, "image_size": 38, "pool": "token"}
     assert saved["architecture"] == "vit_base_patch16_224"
     assert int(24 * saved["model_args"]["mlp_ratio"]) == 40
     hub = {"architecture": "vit_large_patch16_384", "num_classes": 2, "pretrained_cfg": {"input_size": [3, 384, 384], "label_names": ["a", "b"]}}  # fmt: skip
     assert FORMATS["timm"].told(hub) == {"num_heads": 16, "image_size": 384, "id2label": {0: "a", 1: "b"}}
     assert FORMATS["timm"].told({"model_type": "vit"}) == {}
     assert timm_arguments(ViTConfig())[0] == "vit_gigantic_patch14_224"
+
+
+def test_what_timm_says_of_pooling_and_colours_is_heard(tmp_path: Path) -> None:
+    """A [class] token that the mean over the tokens passes over, and ImageNet's mean: neither shows in weights."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config = small("token")
+    saved = timm_config(config, VitdsImageProcessor(crop_size=38, image_mean=mean, image_std=std).to_dict())
+    save_file(
+        made(FORMATS["timm"].outgoing(config), dict(scrambled(config).state_dict())), tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    found = open_model(tmp_path)
+    assert (found.processor.image_mean, found.processor.image_std) == (list(mean), list(std))
+    saved["model_args"]["global_pool"] = "avg"
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="pool: 'gap' is told, and the weights have 'token'"):
+        open_model(tmp_path)
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
-from vitds.checkpoint.exchange.weights import open_weights
+from vitds.checkpoint.exchange.weights import CONFIG, open_weights
 from vitds.checkpoint.files import read_json
 from vitds.checkpoint.format import MODEL, step_of
 from vitds.checkpoint.load import newest_checkpoint
@@ -18,6 +19,7 @@ from vitds.checkpoint.reading import agree
 from vitds.errors import UserError, one_of
 from vitds.layout import Shard
 from vitds.models import VitdsImageProcessor, ViTForImageClassification
+from vitds.models.formats.timm import timm_levels
 
 TOLD = (
     "variant", "num_heads", "image_size", "loss", "init_head_bias", "problem_type", "id2label", "label2id",
@@ -25,6 +27,8 @@ TOLD = (
 )  # fmt: skip
 """What a user may say of a model; what its weights show may be said, and is then compared."""
 PROCESSOR = "preprocessor_config.json"
+LEVELS = ("rescale_factor", "image_mean", "image_std")
+"""What is taken over of somebody else's image processor."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,28 @@ def weights_of(path: Path) -> Path:
 
 
 def processor_beside(path: Path, image_size: int) -> VitdsImageProcessor:
-    """The one saved beside the weights, if it is ours and of this size; else the usual one for the size."""
-    file = (path if path.is_dir() else path.parent) / PROCESSOR
-    saved = read_json(file) if file.is_file() and path.suffix != ".npz" else {}
-    if saved.get("image_processor_type") == VitdsImageProcessor.__name__:
-        processor = VitdsImageProcessor.from_dict(saved)
-        if processor.crop_size["height"] == image_size:
-            return processor
-    return VitdsImageProcessor(crop_size=image_size)
+    """The one saved beside the weights, if it is ours and of this size; else the usual one for the size, with the mean and
+    standard deviation of whatever is saved there, timm's config.json too.
+
+    Raises:
+        UserError: a file that does not describe an image processor.
+    """
+    place = path if path.is_dir() else path.parent
+    file = next((place / name for name in (PROCESSOR, CONFIG) if (place / name).is_file()), None)
+    if file is None or path.suffix == ".npz":
+        return VitdsImageProcessor(crop_size=image_size)
+    saved = read_json(file)
+    if file.name == CONFIG:
+        saved = timm_levels(saved)
+    try:
+        processor = VitdsImageProcessor(crop_size=image_size, **{word: saved[word] for word in LEVELS if word in saved})
+        if saved.get("image_processor_type") == VitdsImageProcessor.__name__:
+            ours = VitdsImageProcessor.from_dict(saved)
+            processor = ours if ours.crop_size["height"] == image_size else processor
+        with np.errstate(divide="ignore", invalid="ignore"):
+            levels = np.stack(processor.levels)
+        if levels.shape != (2, 3) or not np.isfinite(levels).all() or (levels[0] <= 0).any():
+            raise ValueError(f"image_mean {processor.image_mean}, image_std {processor.image_std}")
+    except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: not what an image processor is made of: {error}") from None
+    return processor

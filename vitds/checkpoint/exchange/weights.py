@@ -23,6 +23,7 @@ from vitds.layout import Shard
 from vitds.models.config import ViTConfig
 from vitds.models.formats import FORMATS, Conversion, Format, Outline, Part, Piece, check_words, config_of, format_of
 from vitds.models.formats.words import one
+from vitds.models.shapes import variant_shape
 
 CONFIG = "config.json"
 
@@ -128,7 +129,10 @@ class WeightsFile:
             UserError: something that is told and is not so, or that nothing tells.
         """
         with self._naming():
-            return config_of(self.outline, {**self.told, **(told or {})})
+            words = dict(told or {})
+            if isinstance(words.get("variant"), str):  # what is told by it comes before config.json's, too
+                words = {**vars(variant_shape(words.pop("variant"))), **words}
+            return config_of(self.outline, {**self.told, **words})
 
     @property
     def facts(self) -> dict[str, Any]:

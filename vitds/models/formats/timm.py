@@ -38,6 +38,8 @@ FOREIGN = (
     (r"blocks\.\d+\.mlp\.(fc1_[gx]|norm|w12|w3)\..*", "its MLPs are gated or normalised"),
 )
 """Tensors of models that compute something else, and what."""
+POOLS = {"map": "map", "avg": "gap", "token": "token"}
+"""timm's words for ours. Of a model with a [class] token weights do not tell "avg" from "token"."""
 
 
 class Timm:
@@ -70,6 +72,9 @@ class Timm:
         for key, value in (("num_heads", heads), ("image_size", size)):
             if isinstance(value, int):
                 told[key] = value
+        pool = POOLS.get(str(arguments.get("global_pool", saved.get("global_pool"))))
+        if pool is not None:
+            told["pool"] = pool
         labels = saved.get("label_names") or pretrained.get("label_names")
         if isinstance(labels, list) and len(labels) == saved.get("num_classes"):
             told["id2label"] = dict(enumerate(labels))
@@ -116,6 +121,13 @@ def _has_own_position(outline: Outline) -> bool:
 def _section(saved: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = saved.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def timm_levels(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and standard deviation, by an image processor's words, of a config.json as timm writes it; {} of any other."""
+    pretrained = _section(saved, "pretrained_cfg") if isinstance(saved.get("architecture"), str) else {}
+    words = (("image_mean", "mean"), ("image_std", "std"))
+    return {ours: pretrained[theirs] for ours, theirs in words if theirs in pretrained}
 
 
 def _stem(name: str) -> str:
