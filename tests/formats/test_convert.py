@@ -208,6 +208,7 @@ def test_bad_arguments_are_refused_before_any_work(
     assert "--dtype: onnx is written in fp32 only" in said("--to", "onnx", "--output", out + ".onnx", "--dtype", "bf16")
     assert "'nothing': no such file" in said("--to", "vitds", "--output", out).replace(str(tmp_path) + "/", "'").replace("nothing:", "nothing':")  # fmt: skip
     assert "--set: 'heads' is not known" in said("--to", "vitds", "--output", out, "--set", "heads=3")
+    assert "--file-gb: inf is not possible" in said("--to", "vitds", "--output", out, "--file-gb", "inf")
     (tmp_path / "there" / "config.json").write_text("{}")
     assert "describes another model" in said("--to", "safetensors", "--output", f"{tmp_path}/there/o.safetensors")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -225,3 +225,37 @@ def test_what_cannot_be_compared_is_refused(model: Path, banks: tuple[Path, Path
     whole = tmp_path / "e" / "features.safetensors"
     whole.write_bytes(whole.read_bytes()[:-4])
     assert "bytes long, the manifest says" in refused(capsys, "neighbours", tmp_path / "e")
+
+
+def test_damaged_embeddings_are_one_line(banks: tuple[Path, Path], model: Path, tmp_path: Path, capsys) -> None:
+    _, held = banks
+    for kind in ("parquet", "jsonl"):
+        embed(model, tmp_path / kind, "--keys", kind)
+        keys = tmp_path / kind / f"keys.{kind}"
+        keys.write_bytes(keys.read_bytes()[:-9])
+        assert "cannot be read" in refused(capsys, "neighbours", tmp_path / kind)
+    lines = keys.read_text().splitlines(keepends=True)
+    keys.write_text("".join(lines[:-2]))
+    assert "358 keys, the manifest says 360" in refused(capsys, "neighbours", tmp_path / "jsonl", "--knn", 3)
+    embed(model, tmp_path / "nan")
+    whole = tmp_path / "nan" / "features.safetensors"
+    content = bytearray(whole.read_bytes())
+    place = 256 + 4 * (64 * 17 + 3)
+    content[place : place + 4] = np.float32(np.nan).tobytes()
+    whole.write_bytes(content)
+    for words in (["--knn", 3], ["--show", 1], ["--query", held, "--show", 1]):
+        assert "row 17 holds nan or inf" in refused(capsys, "neighbours", tmp_path / "nan", *words)
+
+
+def test_a_disk_that_is_full_is_one_line(model: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    words = ("embed", "--checkpoint", model, "--images", "digits", "--output", tmp_path / "e")
+    for method in ("__init__", "write", "close"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"vitds.inference.embeddings.PartWriter.{method}", full)
+            assert "cannot be written: [Errno 28]" in refused(capsys, *words)
+        assert not [*tmp_path.iterdir()]
+    (tmp_path / "e").symlink_to(tmp_path / "nothing")
+    assert "is there already" in refused(capsys, *words)

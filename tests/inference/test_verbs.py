@@ -208,6 +208,7 @@ def test_a_cell_of_many_classes_shows_the_largest_share() -> None:
         (["--images", "nowhere"], "is not there"),
         (["--images", "digits:test"], "'test' is not known"),
         (["--images", "digits"], "10 of 10 classes are not the model's"),
+        (["--images", "digits", "--by-number"], "digits: 10 classes; the model "),
         (["--images", "digits", "--confusion", "a.jpg"], "expected a name that ends with .png"),
         (["--images", "digits", "--per-class", "no/folder/a.csv"], "there is no folder"),
         (["--images", "digits", "--told", "loss"], "expected KEY=VALUE"),
@@ -217,6 +218,49 @@ def test_a_cell_of_many_classes_shows_the_largest_share() -> None:
 def test_mistakes(model: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     code, _, err = said(capsys, "evaluate", "--checkpoint", model, *arguments)
     assert code == 2 and message in err
+
+
+def test_a_model_without_classifier_is_not_evaluated(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = str(tmp_path / "bare")
+    assert main(["convert", "--from", model, "--to", "vitds", "--classes", "0", "--output", bare]) == 0
+    code, _, err = said(capsys, "evaluate", "--checkpoint", bare, "--images", "digits")
+    assert code == 2 and "this model has no classifier" in err
+
+
+@pytest.mark.parametrize("name", ["it.csv", "it.json"])
+def test_a_table_that_cannot_be_written_is_one_line(
+    model: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["evaluate", "--checkpoint", model, "--images", str(folder), "--per-class", str(tmp_path / name)]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        code, _, err = said(capsys, *arguments)
+    assert code == 2 and "cannot be written: [Errno 28]" in err and not [*tmp_path.iterdir()]
+    (tmp_path / name).symlink_to(tmp_path / "nothing")
+    code, _, err = said(capsys, *arguments)
+    assert code == 2 and "is there already" in err and (tmp_path / name).is_symlink()
+
+
+def test_unusable_images_of_a_verb_are_not_said_to_lie_in_a_run(
+    model: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for i in range(2):
+        (tmp_path / "ant").mkdir(exist_ok=True)
+        (tmp_path / "ant" / f"{i}.png").write_bytes(b"nothing")
+    words = ["evaluate", "--checkpoint", model, "--images", str(tmp_path), "--max-bad-samples", "1"]
+    code, _, err = said(capsys, *words)
+    assert code == 1 and "2 images cannot be used" in err and "bad_samples.jsonl" not in err
 
 
 def test_ranks_share_the_images(model: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

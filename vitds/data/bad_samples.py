@@ -121,10 +121,11 @@ class BadSamples:
         for role in get_args(Role):
             found = [bad for (its_role, _), bad in self._known.items() if its_role == role]
             if len(found) > self.cap:
-                raise TooManyBad(
-                    f"{too_many_bad(found, self.cap, role)}. bad_samples.jsonl in the run's directory names all of them; "
+                more = "" if self._journal is None else (
+                    ". bad_samples.jsonl in the run's directory names all of them; "
                     "go on with --set vitds.data.max_bad_samples=…, or, where files were mended, without their lines in it"
-                )
+                )  # fmt: skip
+                raise TooManyBad(too_many_bad(found, self.cap, role) + more)
 
 
 def too_many_bad(bad_samples: Sequence[BadSample], cap: int, role: Role) -> str:

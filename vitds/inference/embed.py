@@ -25,6 +25,7 @@ from vitds.evaluation.features import features
 from vitds.inference.embeddings import DTYPES, KEYS, Part, PartWriter, keys_format, manifest_of, part_names
 from vitds.inference.images import WHAT, ImageSet, add_loading, image_set
 from vitds.inference.opening import Session, add_opening, opened
+from vitds.inference.outputs import check_free, writing
 from vitds.json_files import say, write_json
 from vitds.progress import Progress
 
@@ -55,10 +56,7 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     with opened(options) as session:
         keys = keys_format(options.keys)
         output = Path(options.output).expanduser()
-        if output.exists():
-            raise UserError(f"--output {str(output)!r}: is there already; move it away or take another name")
-        if not output.absolute().parent.is_dir():
-            raise UserError(f"--output {str(output)!r}: there is no folder {str(output.absolute().parent)!r}")
+        check_free("--output", output)
         images = image_set(options.images, load)
         temporary = output.with_name(f".{output.name}.tmp")
         try:
@@ -99,14 +97,18 @@ def _write_own(
             some = replace(images, source=Some(source, np.arange(indices.start, indices.stop)))
             loader = some.loader(session, options, num_classes=_classes(source, session), shared=False)
             names, dtype = part_names(count, number, keys), DTYPES[options.features]
-            writer = PartWriter(directory, names, session.config.width, dtype, source.multi_label)
+            with writing("--output", options.output):
+                writer = PartWriter(directory, names, session.config.width, dtype, source.multi_label)
             try:
                 for batch in features(session, loader):
                     there = (batch.indices + indices.start).tolist()
-                    writer.write(batch.features, [source.key(i) for i in there], _listed(batch.labels))
+                    keys_there = [source.key(i) for i in there]
+                    with writing("--output", options.output):
+                        writer.write(batch.features, keys_there, _listed(batch.labels))
                     if progress is not None:
                         progress.add(options.batch)
-                parts.append(writer.close())
+                with writing("--output", options.output):
+                    parts.append(writer.close())
             except BaseException:
                 writer.abandon()
                 raise
@@ -143,19 +145,18 @@ def _listed(labels: torch.Tensor) -> Sequence[Label]:
 
 def _make(temporary: Path) -> None:
     """An empty directory; what a run that was killed left there is thrown away."""
-    try:
+    with writing("--output", temporary):
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"--output: {str(temporary)!r} cannot be made: {error.strerror}") from None
 
 
 def _finish(temporary: Path, output: Path, about: dict[str, Any], parts: Sequence[Part]) -> None:
-    write_json(temporary / "manifest.json", manifest_of(about, parts))
-    sync_directory(temporary)
-    temporary.rename(output)
-    sync_directory(output.absolute().parent)
+    with writing("--output", output):
+        write_json(temporary / "manifest.json", manifest_of(about, parts))
+        sync_directory(temporary)
+        temporary.rename(output)
+        sync_directory(output.absolute().parent)
 
 
 def _about(

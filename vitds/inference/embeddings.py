@@ -175,30 +175,53 @@ class Embeddings:
         return int(self.manifest["width"])
 
     def blocks(self, size: int = 16384) -> Iterator[torch.Tensor]:
-        """Rows (b, D) in order, as they are kept, `size` of them or fewer at a time."""
+        """Rows (b, D) in order, as they are kept, `size` of them or fewer at a time (UserError: see `finite`)."""
         for part in self.parts:
             with safe_open(self.path / part.features, framework="pt") as file:
                 stored = file.get_slice("features")
                 for start in range(0, part.rows, size):
-                    yield stored[start : start + size]
+                    yield finite(stored[start : start + size], self.path / part.features, start)
 
     def keys_and_labels(self) -> tuple[list[str], list[Label]]:
-        """Of all rows."""
+        """Of all rows.
+
+        Raises:
+            UserError: a file of them is damaged.
+        """
         keys, labels = list[str](), list[Label]()
         for part in self.parts:
             path = self.path / part.keys
-            if path.suffix == ".parquet":
-                import pyarrow.parquet as pq
+            try:
+                if path.suffix == ".parquet":
+                    import pyarrow.parquet as pq
 
-                table = pq.read_table(path)
-                rows = [table.column(name).to_pylist() for name in ("key", "label")]
-            else:
-                with open(path, encoding="utf-8") as file:
-                    read = [json.loads(line) for line in file]
-                rows = [[row[name] for row in read] for name in ("key", "label")]
+                    table = pq.read_table(path)
+                    rows = [table.column(name).to_pylist() for name in ("key", "label")]
+                else:
+                    with open(path, encoding="utf-8") as file:
+                        read = [json.loads(line) for line in file]
+                    rows = [[row[name] for row in read] for name in ("key", "label")]
+            except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
+                raise UserError(f"{path}: cannot be read: {error}") from None
+            if len(rows[0]) != part.rows:
+                raise UserError(f"{path}: {len(rows[0])} keys, the manifest says {part.rows}")
             keys += rows[0]
             labels += rows[1]
         return keys, labels
+
+
+def finite(rows: torch.Tensor, place: Path, first: int) -> torch.Tensor:
+    """The rows, if all are numbers: one that is not would be everybody's nearest neighbour.
+
+    Raises:
+        UserError: nan or inf; `first` is the place of the first row in its file.
+    """
+    if not rows.isfinite().all():
+        row = first + int((~rows.isfinite().all(dim=1)).nonzero()[0])
+        raise UserError(
+            f"{place}: row {row} holds nan or inf: the model gave that for an image, or the file is damaged"
+        )
+    return rows
 
 
 def manifest_of(about: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from typing import Any
 from vitds import dist
 from vitds.data import TooManyBad
 from vitds.data.storage import StorageError
+from vitds.errors import UserError
 from vitds.evaluation.classification import TOPS, evaluate
 from vitds.evaluation.confusion import Confusion, Ranking
 from vitds.inference.confusion_figure import draw
 from vitds.inference.images import WHAT, add_loading, image_set
 from vitds.inference.opening import Session, add_opening, opened
-from vitds.inference.outputs import check_output, written
+from vitds.inference.outputs import check_output, writing, written
 from vitds.json_files import finite, say, write_json
 from vitds.plots import plots
 from vitds.progress import Progress
@@ -66,6 +67,10 @@ def run(options: argparse.Namespace, load: Callable[..., Any]) -> int:
 
 def _evaluate(options: argparse.Namespace, load: Callable[..., Any]) -> int:
     with opened(options) as session:
+        if session.config.num_classes == 0:
+            raise UserError(
+                f"--checkpoint {str(session.path)!r}: this model has no classifier; `vitds fewshot` measures one"
+            )
         images = image_set(options.images, load)
         images = images if options.by_number else images.with_classes_of(session)
         loader = images.loader(session, options)
@@ -81,6 +86,7 @@ def _evaluate(options: argparse.Namespace, load: Callable[..., Any]) -> int:
                 witnesses=[confusion, *([ranking] if ranking is not None else [])],
             )
         figures: dict[str, Any] = {name.removeprefix("eval/"): value for name, value in found.items()}
+        figures["images"] = int(figures["images"])
         if ranking is not None and (precision := ranking.mean_average_precision()) is not None:
             figures |= {"mean_average_precision": precision[0], "classes_with_images": precision[1]}
         loader.bad.share()
@@ -147,7 +153,8 @@ def _heading(figures: dict[str, Any]) -> str:
 
 def _write_table(path: Path, rows: list[Row]) -> None:
     if path.suffix.lower() == ".json":
-        write_json(path, rows)
+        with writing("--per-class", path):
+            write_json(path, rows)
         return
     with written("--per-class", path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

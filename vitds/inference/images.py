@@ -94,6 +94,11 @@ class ImageSet:
         Raises:
             UserError: the source has more classes.
         """
+        there = len(self.source.class_names)
+        if num_classes is None and there > session.config.num_classes:
+            raise UserError(
+                f"{self.name}: {there} classes; the model {str(session.path)!r} knows {session.config.num_classes}"
+            )
         spec = self.section.transforms if transforms is None else transforms
         size, place = session.config.image_size, "vitds.data.eval.transforms"
         data = DataSection(

@@ -17,7 +17,7 @@ from vitds import dist
 from vitds.data_verbs.arguments import at_least_one
 from vitds.errors import UserError
 from vitds.evaluation.neighbours import METRICS, TEMPERATURE, knn_accuracy, nearest
-from vitds.inference.embeddings import Embeddings, open_embeddings
+from vitds.inference.embeddings import Embeddings, finite, open_embeddings
 from vitds.inference.outputs import check_output, written
 from vitds.progress import Progress
 
@@ -120,7 +120,10 @@ def _rows(embeddings: Embeddings, wanted: Sequence[int]) -> torch.Tensor:
         if here:
             with safe_open(embeddings.path / part.features, framework="pt") as file:
                 stored = file.get_slice("features")
-                found |= {row: stored[row - start : row - start + 1] for row in here}
+                found |= {
+                    row: finite(stored[row - start : row - start + 1], embeddings.path / part.features, row - start)
+                    for row in here
+                }
     return torch.cat([found[row] for row in wanted])
 
 
@@ -161,7 +164,10 @@ def _write_index(bank: Embeddings, metric: str, path: Path) -> None:
             faiss.normalize_L2(rows)
         index.add(rows)
     with written("--index", path) as temporary:
-        faiss.write_index(index, str(temporary))
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:  # faiss's own, of a full disk too
+            raise OSError(str(error)) from None
 
 
 def _described(found: dict[str, Any], bank: Embeddings, query: Embeddings, options: argparse.Namespace) -> str:

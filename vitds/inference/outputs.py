@@ -20,10 +20,24 @@ def check_output(argument: str, path: Path | None, endings: tuple[str, ...]) -> 
         return
     if path.suffix.lower() not in endings:
         raise UserError(f"{argument} {str(path)!r}: expected a name that ends with {' or '.join(endings)}")
-    if path.exists():
+    check_free(argument, path)
+
+
+def check_free(argument: str, path: Path) -> None:
+    """Refuse an output whose name is taken, by a link to nowhere too, or whose folder is not there (UserError)."""
+    if path.exists() or path.is_symlink():
         raise UserError(f"{argument} {str(path)!r}: is there already; move it away or take another name")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{argument} {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+@contextlib.contextmanager
+def writing(argument: str, path: Path) -> Iterator[None]:
+    """Around what writes: a full disk or a read-only one is the user's to mend (UserError)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{argument} {str(path)!r}: cannot be written: {error}") from None
 
 
 @contextlib.contextmanager
@@ -35,10 +49,9 @@ def written(argument: str, path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{argument} {str(path)!r}: cannot be written: {error}") from None
+        with writing(argument, path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

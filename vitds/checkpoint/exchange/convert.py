@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -102,8 +103,8 @@ def _checked(options: argparse.Namespace) -> Target:
         raise UserError(f"--scan: is of big_vision's layout; {options.to} has no other")
     if options.classes is not None and options.classes < 0:
         raise UserError(f"--classes: {options.classes} is not possible; at least 0 (no classifier)")
-    if not options.file_gb > 0:
-        raise UserError(f"--file-gb: {options.file_gb} is not possible; more than 0")
+    if not 0 < options.file_gb < math.inf:
+        raise UserError(f"--file-gb: {options.file_gb} is not possible; a number above 0")
     return target
 
 
