@@ -178,6 +178,39 @@ def test_features_that_are_not_finite_are_said_and_not_a_number(capsys: pytest.C
     assert "vitds.fewshot.sets.d.test: the features of 360 images are not finite" in capsys.readouterr().err
 
 
+def test_which_of_the_images_have_features_that_are_not_finite_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Blinded(SOURCES["digits"]):  # type: ignore[name-defined,misc]
+        """Training images are white."""
+
+        def read(self, index: int) -> Any:
+            pixels, label, name = super().read(index)
+            return (np.full_like(pixels, 255), label, name) if len(self) > 360 else (pixels, label, name)
+
+    class Overflowing(Plain):
+        def __call__(self, images: torch.Tensor, features_only: bool) -> Any:
+            found = super().__call__(images, features_only)
+            found.logits[images.flatten(1).amin(dim=1) == 1] = float("inf")
+            return found
+
+    monkeypatch.setitem(SOURCES, "digits", Blinded)
+    found = measured({"sets": {"d": {"train": PLAIN, "test": PLAIN}}, "shots": [1], "seeds": 1}, Overflowing())
+    assert np.isnan(list(found.values())).all()
+    assert "vitds: vitds.fewshot.sets.d.train: the features of 10 images are not finite" in capsys.readouterr().err
+
+
+def test_an_l2_too_small_for_the_features_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Plain()
+    with torch.no_grad():
+        engine.model.norm.weight.zero_()  # every image looks the same, to rounding
+    found = measured({"sets": {"d": {"train": PLAIN, "test": PLAIN}}, "shots": [2], "seeds": 1, "l2": 1e-300}, engine)
+    assert np.isnan(list(found.values())).all()
+    assert (
+        "vitds: vitds.fewshot.sets.d.train: with l2 = 1e-300 the equations have no solution" in capsys.readouterr().err
+    )
+
+
 SMALL = [
     "vitds.train.total_steps=6", "vitds.train.log_every_steps=1", "vitds.train.eval_every_steps=6", "vitds.model.depth=1",
     "train_batch_size=24", "zero_optimization.stage=3", "bf16.enabled=false", "vitds.ema.decay=0.5", "vitds.data.minival=0.05",

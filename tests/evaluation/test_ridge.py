@@ -12,7 +12,7 @@ from tests.evaluation import reference
 from tests.launching import ranks
 from vitds.evaluation import ridge
 from vitds.evaluation.probe_sets import draw
-from vitds.evaluation.ridge import NotFinite, Probe, Rows, solve
+from vitds.evaluation.ridge import NoSolution, NotFinite, Probe, Rows, solve
 
 SCRIPT = "tests/evaluation/probed.py"
 
@@ -96,6 +96,17 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     features[2, 4] = bad
     with pytest.raises(NotFinite, match="features of 1 images are not finite"):
         list(solve(rows_of(features, labels, 4, 0, 3), [4], 3, 1024.0))
+
+
+@pytest.mark.parametrize(("shots", "form"), [(2, "_dual"), (10, "_primal")])
+def test_equations_that_float64_cannot_solve_are_refused(
+    shots: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = made(30, 4, [10] * 4)
+    features[:] = features[:, 2:3]  # every column the same: rank two with the bias
+    monkeypatch.delattr(ridge, "_dual" if form == "_primal" else "_primal")
+    with pytest.raises(NoSolution, match="with l2 = 1e-30 the equations have no solution in float64"):
+        list(solve(rows_of(features, labels, shots, 0, 4), [shots], 4, 1e-30))
 
 
 @pytest.mark.launch

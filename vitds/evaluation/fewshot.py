@@ -17,7 +17,7 @@ from vitds.data import BadSamples, DataSection, EvalLoader, TooManyBad
 from vitds.errors import UserError
 from vitds.evaluation.features import Features, collected
 from vitds.evaluation.probe_sets import ProbeSet
-from vitds.evaluation.ridge import NotFinite, Rows, refuse_not_finite, solve
+from vitds.evaluation.ridge import NoSolution, Rows, refuse_not_finite, solve
 from vitds.json_files import say
 
 NAMED = 3
@@ -61,7 +61,7 @@ class FewShot:
 
     def measure(self, between: Callable[[], None], prefix: str = "fewshot") -> dict[str, float]:
         """Accuracies as fractions: prefix/<set>_<k>shot, the mean over seeds, and prefix/<set>_<k>shot_seed<s>. Collective;
-        every rank returns the same ones. Where features are not finite they are NaN, which is said.
+        every rank returns the same ones. Where there is no solution they are NaN, and why is said.
 
         Args:
             between: as for `features`, and called before each solution.
@@ -74,9 +74,9 @@ class FewShot:
         for one in self._sets:
             try:
                 right = self.accuracies(one, between)
-            except NotFinite as error:
+            except NoSolution as error:
                 if dist.is_main():
-                    say(f"vitds: {one.said[1]}: {error}")
+                    say(f"vitds: {error}")
                 right = {k: [float("nan")] * len(one.places) for k in self._shots}
             for k in self._shots:
                 name = f"{prefix}/{one.name}_{k}shot"
@@ -88,17 +88,22 @@ class FewShot:
         """By shots and seed, the share of the test images that get their class.
 
         Raises:
-            NotFinite: features that are not finite.
+            NoSolution: features that are not finite, or an l2 too small for them; the set is named.
             TooManyBad: as `measure`.
         """
         learnt, tested = (self._features(one, role, between) for role in (0, 1))
-        refuse_not_finite(tested.features)
+        for where, part in ((one.said[1], tested), (one.said[0], learnt)):
+            refuse_not_finite(part.features, where)
         engine, right = self._engine, {k: list[int]() for k in self._shots}
         for places in one.places:
             own = torch.from_numpy(places)[learnt.indices]
             rows = Rows(learnt.features[own >= 0], learnt.labels[own >= 0], own[own >= 0])
-            for k, probe in solve(rows, self._shots, one.num_classes, self._l2, engine.device, between):
-                right[k].append(probe.count_right(tested.features, tested.labels))
+            try:
+                for k, probe in solve(rows, self._shots, one.num_classes, self._l2, engine.device, between):
+                    right[k].append(probe.count_right(tested.features, tested.labels))
+            except NoSolution as error:
+                error.args = (f"{one.said[0]}: {error}",)
+                raise
         counts = torch.tensor([*right.values(), [len(tested.labels)] * len(one.places)], dtype=torch.float64)
         *by_shots, total = dist.sum_over_ranks(counts.to(engine.device)).cpu()
         return {k: (row / total).tolist() for k, row in zip(right, by_shots, strict=True)}

@@ -31,8 +31,12 @@ ROWS_AT_ONCE = 2048
 """Rows that are on the device in float64 at a time: 26 MiB of G/14's features."""
 
 
-class NotFinite(UserError):
-    """Features with NaN or infinities, on any rank; raised on all."""
+class NoSolution(UserError):
+    """There is no probe of these features; raised on all ranks."""
+
+
+class NotFinite(NoSolution):
+    """Features with NaN or infinities, on any rank."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def solve(
 
     Raises:
         NotFinite: features that are not finite.
+        NoSolution: too small an l2 for features that depend on each other.
         UserError: no image at all.
     """
     width = rows.features.shape[1]
@@ -120,8 +125,8 @@ def solve(
             yield k, _dual(rows.among(0, k), num_classes, l2, device)
 
 
-def refuse_not_finite(features: torch.Tensor) -> None:
-    """Collective.
+def refuse_not_finite(features: torch.Tensor, where: str = "") -> None:
+    """Collective. `where`: what they are features of, for the message.
 
     Raises:
         NotFinite: some rank's features (n, D) hold NaN or infinities.
@@ -130,7 +135,8 @@ def refuse_not_finite(features: torch.Tensor) -> None:
     everywhere = sum(dist.all_objects(wrong))
     if everywhere:
         raise NotFinite(
-            f"the features of {everywhere} images are not finite: the model's weights or activations overflow"
+            f"{where and f'{where}: '}the features of {everywhere} images are not finite: the model's weights or activations "
+            "overflow"
         )
 
 
@@ -161,9 +167,8 @@ def _primal(sums: _Sums, shift: torch.Tensor, l2: float) -> Probe:
     scale = (gram.diagonal() / number - mean**2).clamp_(min=0).sqrt_() + EPSILON
     gram -= number * torch.outer(mean, mean)
     gram /= torch.outer(scale, scale)
-    gram.diagonal().add_(l2)
     targets = 2 * (by_class - torch.outer(counts, mean)).T / scale[:, None]  # (D, C); −1 falls out: columns add up to 0
-    weights = torch.cholesky_solve(targets, torch.linalg.cholesky(gram))
+    weights = _solution(gram, targets, l2)
     bias = BIAS * (2 * counts - number) / (BIAS**2 * number + l2)
     return Probe(shift + mean, scale, torch.cat([weights, bias[None]]))
 
@@ -174,9 +179,16 @@ def _dual(rows: Rows, num_classes: int, l2: float, device: torch.device | str) -
     scale = (features - mean).square_().mean(dim=0).sqrt_() + EPSILON
     x = torch.cat([(features - mean) / scale, torch.full_like(features[:, :1], BIAS)], dim=1)  # (N, D + 1)
     y = 2 * torch.nn.functional.one_hot(classes, num_classes).double() - 1
-    kernel = x @ x.T
-    kernel.diagonal().add_(l2)
-    return Probe(mean, scale, x.T @ torch.cholesky_solve(y, torch.linalg.cholesky(kernel)))
+    return Probe(mean, scale, x.T @ _solution(x @ x.T, y, l2))
+
+
+def _solution(matrix: torch.Tensor, targets: torch.Tensor, l2: float) -> torch.Tensor:
+    """(matrix + l2)⁻¹ targets; `matrix` is changed."""
+    matrix.diagonal().add_(l2)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise NoSolution(f"with l2 = {l2:g} the equations have no solution in float64: features depend on each other")
+    return torch.cholesky_solve(targets, factor)
 
 
 def _gathered(rows: Rows, num_classes: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
