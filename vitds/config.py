@@ -17,7 +17,7 @@ import torch
 from vitds import dist
 from vitds.checkpoint.ema import EmaSection
 from vitds.checkpoint.retention import CheckpointSection
-from vitds.checkpoint.transfer import InitFromSection, look_at
+from vitds.checkpoint.transfer import InitFromSection, look_at, refuse_frozen_zeros
 from vitds.cluster.section import ClusterSection, check_world_size
 from vitds.data import DataSection, Sources, SourceSection, build_sources
 from vitds.errors import UserError
@@ -162,6 +162,8 @@ def prepare(run: RunFile, *, forecast: bool = False, output: str | None = None) 
     frozen = [name for group in groups if group.frozen for name in group.names]
     begun = output is not None and any(Path(output, "checkpoints").glob("step-*"))
     start = look_at(part.init_from, model, frozen) if part.init_from is not None and not begun else ()
+    if part.init_from is None and not begun:
+        refuse_frozen_zeros(frozen)
     if start and output is not None and dist.is_main():
         say(f"vitds: vitds.init_from: {'; '.join(start)}")
     lengths = run.lengths(len(sources.train))

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.launching import ROOT
 from vitds.checkpoint.transfer import InitFromSection, look_at, plan_transfer, source_of
+from vitds.config import load_run_file, prepare
 from vitds.errors import UserError
 from vitds.models import ModelSection, ViTForImageClassification, build_config, label_names
 
@@ -79,6 +81,21 @@ def test_a_frozen_classifier_that_starts_at_zero_is_refused():
     with pytest.raises(UserError, match="freeze the classifier, and it would stay at zero: .*10 classes there, 7 here"):
         planned(replace(THERE, num_classes=7), frozen=frozen)
     assert not planned(THERE, "keep", frozen=frozen).fresh
+    with pytest.raises(UserError, match="freeze the classifier"):
+        planned(THERE, "reset", frozen={"head.weight"})  # zeros let no feature through, whatever the bias learns
+    assert planned(THERE, "reset", frozen={"head.bias"}).fresh
+
+
+def test_a_frozen_classifier_of_a_run_from_scratch_is_refused(tmp_path):
+    run = load_run_file(
+        str(ROOT / "ds_configs" / "digits.json"), [r'vitds.groups=[["head\\.weight", {"frozen": true}]]']
+    )
+    with pytest.raises(
+        UserError, match="freeze the classifier, and it would stay at zero: the run begins from scratch"
+    ):
+        prepare(run)
+    (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
+    prepare(run, output=str(tmp_path))  # its own checkpoint says otherwise
 
 
 def test_another_resolution_resamples_the_position_embedding():

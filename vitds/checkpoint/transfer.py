@@ -147,8 +147,7 @@ def plan_transfer(
         notes.append(note)
         if reset:
             fresh = frozenset(heads)
-            if fresh <= frozenset(frozen):
-                raise UserError(f"vitds.groups freeze the classifier, and it would stay at zero: {note}")
+            refuse_frozen_zeros(frozen, note)
         else:
             shift = float(config.get("init_head_bias", 0.0)) - here.init_head_bias
     resampled = frozenset[str]()
@@ -158,6 +157,12 @@ def plan_transfer(
         check_grids(before, now)
         notes.append(f"position embedding resampled from {before} to {now} patches")
     return Transfer(frozenset(own) - fresh - resampled, resampled, fresh, tuple(notes), shift)
+
+
+def refuse_frozen_zeros(frozen: Collection[str], why: str = "the run begins from scratch") -> None:
+    """UserError where a classifier that starts at zero is not trained: neither features nor gradients would ever pass it."""
+    if KERNEL in frozen:
+        raise UserError(f"vitds.groups freeze the classifier, and it would stay at zero: {why}")
 
 
 def check_grids(before: int, now: int) -> None:
