@@ -63,7 +63,14 @@ def test_the_digest_tells_which_images():
 
 @pytest.mark.parametrize(
     ("amount", "said"),
-    [(-0.1, "found -0.1"), (1.5, "found 1.5"), (1437, "holds out all 1437 training images"), (0.9999, "all 1437")],
+    [
+        (-0.1, "found -0.1"),
+        (1.5, "found 1.5"),
+        (1437, "holds out all 1437 training images"),
+        (0.9999, "all 1437"),
+        (float("nan"), "found nan"),
+        (float("inf"), "found inf"),
+    ],
 )
 def test_what_cannot_be_held_out_is_refused(amount, said):
     with pytest.raises(UserError, match=rf"^vitds\.data\.minival: .*{said}"):

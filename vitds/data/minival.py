@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -69,7 +70,7 @@ def check_minival(amount: float) -> None:
     Raises:
         UserError: below 0, or a number of images that is not whole.
     """
-    if amount < 0 or (amount >= 1 and amount != int(amount)):
+    if not 0 <= amount < math.inf or (amount >= 1 and amount != int(amount)):
         raise UserError(
             f"vitds.data.minival: expected a share of the training images below 1, as in 0.02, or a whole number of them, found {amount}"
         )
