@@ -118,6 +118,10 @@ def said(word: str, value: object) -> Callable[[Path], None]:
         (said("num_heads", 5), "num_heads: 5 heads do not divide the width 24"),
         (said("num_heads", "3"), "config.json: num_heads: '3' is not possible; expected int"),
         (said("init_head_bias", "x"), "config.json: init_head_bias: 'x' is not possible; expected int or float"),
+        (
+            said("id2label", {"0": 1, "1": 2, "2": 3}),
+            "config.json: id2label: {'0': 1, '1': 2, '2': 3} is not possible; expected names",
+        ),
         (said("image_size", 30), "image_size: 30 is told, and the weights have 4×4 patches of 4 pixels"),
     ],
 )

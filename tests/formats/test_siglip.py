@@ -151,3 +151,8 @@ def test_what_siglip_cannot_hold_or_we_cannot_compute_is_refused() -> None:
     del state["encoder.layers.0.mlp.fc3.bias"], state["head.probe"]
     with pytest.raises(UserError, match="head.attention.in_proj_weight"):
         siglip.incoming(shapes(state))
+    classified = {"model_type": "siglip", "architectures": ["SiglipForImageClassification"]}
+    for names in (["cat"], {"cat": 0}):
+        with pytest.raises(UserError, match=r"config\.json: id2label is .*, names by number were expected"):
+            FORMATS["siglip"].told({**classified, "id2label": names})
+    assert "id2label" not in FORMATS["siglip"].told({**classified, "architectures": 7, "id2label": {"0": "cat"}})

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tests.formats.test_siglip import made, shapes, state_of
 from tests.models.test_forward import POOLS, pictures, scrambled, small
 from vitds.checkpoint.exchange.pretrained import open_model
+from vitds.cli import main
 from vitds.errors import UserError
 from vitds.models import ViTConfig, VitdsImageProcessor, ViTForImageClassification
 from vitds.models.card import timm_call
@@ -83,7 +84,7 @@ def test_the_config_beside_the_weights_tells_heads_size_and_classes() -> None:
     assert timm_arguments(ViTConfig())[0] == "vit_gigantic_patch14_224"
 
 
-def test_what_timm_says_of_pooling_and_colours_is_heard(tmp_path: Path) -> None:
+def test_what_timm_says_of_pooling_and_colours_is_heard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A [class] token that the mean over the tokens passes over, and ImageNet's mean: neither shows in weights."""
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config = small("token")
@@ -94,6 +95,8 @@ def test_what_timm_says_of_pooling_and_colours_is_heard(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(saved))
     found = open_model(tmp_path)
     assert (found.processor.image_mean, found.processor.image_std) == (list(mean), list(std))
+    assert main(["convert", "--from", str(tmp_path), "--to", "big_vision", "--output", f"{tmp_path}/out.npz"]) == 0
+    assert "note: its images are normalised by mean [0.485, 0.456, 0.406]" in capsys.readouterr().out
     saved["model_args"]["global_pool"] = "avg"
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match="pool: 'gap' is told, and the weights have 'token'"):

@@ -247,6 +247,19 @@ def test_damaged_embeddings_are_one_line(banks: tuple[Path, Path], model: Path, 
         assert "row 17 holds nan or inf" in refused(capsys, "neighbours", tmp_path / "nan", *words)
 
 
+def test_a_model_that_overflows_has_no_features_and_no_labels(model: Path, tmp_path: Path, capsys) -> None:
+    net = ViTForImageClassification.from_pretrained(model)
+    with torch.no_grad():
+        net.norm.weight[0] = torch.nan
+    net.save_pretrained(tmp_path / "net")
+    words = ("--checkpoint", tmp_path / "net", "--images", "digits", "--output", tmp_path / "e")
+    assert "the features of digits/0 are not finite" in refused(capsys, "embed", *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "0.png")
+    assert main(["predict", "--checkpoint", str(tmp_path / "net"), "--json", str(tmp_path / "0.png")]) == 1
+    assert "scores of it are not finite" in json.loads(capsys.readouterr().out)["error"]
+
+
 def test_a_disk_that_is_full_is_one_line(model: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

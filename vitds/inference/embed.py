@@ -103,6 +103,11 @@ def _write_own(
                 for batch in features(session, loader):
                     there = (batch.indices + indices.start).tolist()
                     keys_there = [source.key(i) for i in there]
+                    for key, fine in zip(keys_there, batch.features.isfinite().all(dim=1).tolist(), strict=True):
+                        if not fine:
+                            raise UserError(
+                                f"--images {options.images}: the features of {key} are not finite: the model's weights or activations overflow"
+                            )
                     with writing("--output", options.output):
                         writer.write(batch.features, keys_there, _listed(batch.labels))
                     if progress is not None:

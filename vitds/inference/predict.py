@@ -111,6 +111,9 @@ def predictions(session: Session, images: list[tuple[Path, Future[Any]]], top: i
         found = session.scores(torch.from_numpy(np.stack(pixels)).to(session.device))  # (B, C)
         best = np.argsort(-found, axis=1, kind="stable")[:, :top]
         for place, row, numbers in zip(places, found, best, strict=True):
+            if not np.isfinite(row).all():
+                answers[place]["error"] = "the model's scores of it are not finite: its weights or activations overflow"
+                continue
             answers[place]["predictions"] = [
                 {"label": session.labels[number], "score": row[number].item()} for number in numbers
             ]

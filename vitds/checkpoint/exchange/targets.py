@@ -81,7 +81,7 @@ def write_safetensors(given: Given, path: Path, asked: Asked) -> Written:
     _tensors(path, conversions, given, DTYPES[asked.dtype])
     call = timm_call(given.config)
     opens = f"safetensors.torch.load_file('OUTPUT'), or {call[:-1]}, checkpoint_path='OUTPUT')"
-    return Written(opens, len(conversions), _folded(given.config, asked))
+    return Written(opens, len(conversions), [*_folded(given.config, asked), *_normalised(given)])
 
 
 def write_timm(given: Given, path: Path, asked: Asked) -> Written:
@@ -124,7 +124,7 @@ def write_big_vision(given: Given, path: Path, asked: Asked) -> Written:
     scan = ", scan=True" if asked.scan else ""
     model = f"vit.Model(num_classes={config.num_classes or None}, {called}, pool_type={pool!r}{scan})"
     opens = f"big_vision.models.vit.load(init_params, 'OUTPUT', model_cfg) into {model}"
-    return Written(opens, len(conversions), _folded(config, asked))
+    return Written(opens, len(conversions), [*_folded(config, asked), *_normalised(given)])
 
 
 def write_onnx(given: Given, path: Path, asked: Asked) -> Written:
@@ -218,6 +218,14 @@ def _folded(config: ViTConfig, asked: Asked) -> list[str]:
         return []
     coarse = f"; {asked.dtype} holds such a sum only roughly" if asked.dtype != "fp32" else ""
     return [f"init_head_bias ({config.init_head_bias:g}) is added to the classifier's bias{coarse}"]
+
+
+def _normalised(given: Given) -> list[str]:
+    """What a file by itself does not say of its images, where that is not the usual."""
+    mean, std = given.processor.image_mean, given.processor.image_std
+    if mean == std == [0.5, 0.5, 0.5]:
+        return []
+    return [f"its images are normalised by mean {mean} and standard deviation {std}, which the file does not say"]
 
 
 def _json(text: str) -> bytes:

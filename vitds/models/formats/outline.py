@@ -84,6 +84,8 @@ def check_words(told: Mapping[str, Any]) -> None:
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and object not in kinds)):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{name}: {value!r} is not possible; expected {expected}")
+        if name == "id2label" and isinstance(value, dict) and not all(isinstance(one, str) for one in value.values()):
+            raise UserError(f"{name}: {str(value)[:60]} is not possible; expected names")
 
 
 def config_of(outline: Outline, told: Mapping[str, Any]) -> ViTConfig:

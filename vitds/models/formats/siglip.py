@@ -70,8 +70,10 @@ class Siglip:
         for name, value in told.items():
             if type(value) is not int or value < 1:
                 raise UserError(f"config.json: {name} is {value!r}, a number was expected")
-        names = saved.get("id2label")
-        if "SiglipForImageClassification" in (saved.get("architectures") or ()) and names:
+        names, classes = saved.get("id2label"), saved.get("architectures")
+        if isinstance(classes, list) and "SiglipForImageClassification" in classes and names:
+            if not isinstance(names, Mapping) or not all(str(number).isdecimal() for number in names):
+                raise UserError(f"config.json: id2label is {str(names)[:60]}, names by number were expected")
             told["id2label"] = {int(number): label for number, label in names.items()}
             told["loss"] = "sigmoid" if saved.get("problem_type") == "multi_label_classification" else "softmax"
         return told
