@@ -255,3 +255,15 @@ def test_verification_sees_another_model(tmp_path: Path) -> None:
         UserError, match="--verify: features of what is written, by SiglipVisionModel, differ from ours by"
     ):
         list(verified(given(tmp_path / "model"), output, Namespace(to="siglip", dtype="fp32", ema=False)))
+
+
+def test_one_class_and_another_loss_are_what_transformers_takes(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "gap", loss="softmax")
+    one = converted(tmp_path / "model", "vitds", "--classes", "1", "--verify")
+    assert transformers.AutoConfig.from_pretrained(one).problem_type is None
+    stock = tmp_path / "stock"
+    assert main(["convert", "--from", str(one), "--to", "siglip", "--output", str(stock), "--verify"]) == 0
+    assert transformers.AutoConfig.from_pretrained(stock).num_labels == 1
+    assert open_model(tmp_path / "model").model.config.problem_type == "single_label_classification"
+    told = open_model(tmp_path / "model", told={"loss": "sigmoid"})
+    assert told.model.config.problem_type == "multi_label_classification"

@@ -67,7 +67,7 @@ def image_files(named: Sequence[str]) -> list[Path]:
     """The files that are named, and those in folders that are, in order of their paths.
 
     Raises:
-        UserError: a path where nothing is, or a folder without an image.
+        UserError: a folder without an image. Files are opened later: of one that is not there the answer is an error.
     """
     found: list[Path] = []
     for text in named:

@@ -93,9 +93,8 @@ def given(
     there = weights.config(dict(told or {}))
     config, processor, changes = there, processor_beside(path, there.image_size), []
     if classes is not None and classes != there.num_classes:
-        kept = {
-            name: value for name, value in there.to_dict().items() if name not in ("id2label", "label2id", "num_labels")
-        }
+        ended = ("id2label", "label2id", "num_labels", "problem_type")  # of one class it is another
+        kept = {name: value for name, value in there.to_dict().items() if name not in ended}
         config = ViTConfig(**{**kept, "num_classes": classes, "architectures": ["ViTForImageClassification"]})
         changes.append(f"the classifier has {classes} classes and starts at zero; there were {there.num_classes}" if classes
                        else f"the classifier ({there.num_classes} classes) is left out")  # fmt: skip

@@ -132,7 +132,10 @@ class WeightsFile:
             words = dict(told or {})
             if isinstance(words.get("variant"), str):  # what is told by it comes before config.json's, too
                 words = {**vars(variant_shape(words.pop("variant"))), **words}
-            return config_of(self.outline, {**self.told, **words})
+            there = dict(self.told)
+            if words.get("loss", there.get("loss")) != there.get("loss"):
+                there.pop("problem_type", None)  # follows from the loss
+            return config_of(self.outline, {**there, **words})
 
     @property
     def facts(self) -> dict[str, Any]:

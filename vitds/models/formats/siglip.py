@@ -180,7 +180,7 @@ def siglip_config(config: ViTConfig) -> dict[str, Any]:
     return {
         "architectures": ["SiglipForImageClassification"], "model_type": "siglip", "vision_config": vision,
         "id2label": labels, "label2id": {label: int(number) for number, label in labels.items()},
-        "problem_type": "multi_label_classification" if config.loss == "sigmoid" else "single_label_classification",
+        "problem_type": config.problem_type,
     }  # fmt: skip
 
 
