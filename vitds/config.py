@@ -224,7 +224,7 @@ def _divisors(number: int, most: int = 12) -> str:
 def _resolve(path: str, given: dict[str, Any], world_size: int | None) -> RunFile:
     given = copy.deepcopy(given)
     for place, value in walk(given):
-        if value == "auto" and not place.startswith("_about"):
+        if value == "auto" and not place.startswith(("_about", "vitds.")):  # our keys say themselves what they take
             raise UserError(f"{place}: 'auto' is for another trainer; write the value")
     ours = given.get("vitds", {})
     for module in typed(ours.get("plugins", []) if isinstance(ours, dict) else [], list[str], "vitds.plugins"):

@@ -171,7 +171,7 @@ def test_the_headers_of_a_file_tell_what_will_change(tmp_path):
     for what, model in (("weights", model_of(replace(THERE, num_heads=4))), ("all", larger)):
         with pytest.raises(UserError, match=r"num_heads: 2 there, 4 here|cannot be kept: 10 classes there, 3 here"):
             look_at(InitFromSection(str(path), what), model)
-    with pytest.raises(UserError, match="all goes on with the same model; .*resampled from 16 to 36"):
+    with pytest.raises(UserError, match="all goes on with the same model; position embedding resampled from 16 to 36"):
         look_at(InitFromSection(str(path), "all"), model_of(replace(THERE, image_size=12)))
 
 
@@ -181,3 +181,14 @@ def test_a_path_that_is_not_there_is_named_with_the_nearest(tmp_path):
         source_of(tmp_path / "digts")
     with pytest.raises(UserError, match="does not exist$"):
         source_of(tmp_path / "no" / "such")
+
+
+@pytest.mark.parametrize("head", ["auto", "keep", "reset"])
+def test_what_a_run_file_leaves_out_can_be_written_and_read_back(head, tmp_path):
+    path = write(tmp_path / "hf", replace(THERE, width=64, depth=4, mlp_dim=128), TEN)
+    overrides = [f"vitds.init_from.path={path}", f"vitds.init_from.head={head}"]
+    run = load_run_file(str(ROOT / "ds_configs" / "finetune_digits.json"), overrides)
+    resolved = tmp_path / "resolved.json"
+    resolved.write_text(json.dumps(run.resolved))
+    again = load_run_file(str(resolved))
+    assert run.vitds.init_from == again.vitds.init_from == InitFromSection(str(path), head=head)

@@ -98,7 +98,7 @@ def look_at(
     weights = WeightsFile(path, EMA if section.what == "ema" else MODEL)
     found = transfer_of(weights, model, "keep" if section.what == "all" else section.head, frozen)
     if section.what == "all" and found.resampled:
-        raise UserError(f"vitds.init_from.what: all goes on with the same model; {'; '.join(found.notes)}")
+        raise UserError(f"vitds.init_from.what: all goes on with the same model; {found.notes[-1]}")
     return (f"{section.what} from {path}", *(() if section.what == "all" else found.notes))
 
 
