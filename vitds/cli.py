@@ -25,6 +25,10 @@ READING = ("doctor", "plan", "shapes", "data", "evaluate", "fewshot", "embed")
 """Those that read run files, from a floor below the one where that is done: `run(options, load)`."""
 
 
+WRITING = ("convert", "embed")
+"""Those that write gigabytes under a temporary name: a SIGTERM ends them as Ctrl-C does, and nothing of it is left."""
+
+
 class _Verbs(argparse.ArgumentParser):
     """Says of which verb an option is unknown, and which one is nearest."""
 
@@ -48,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.verb != "run":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vitds … | head` ends quietly
+    if options.verb in WRITING:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return int(rooms[options.verb].run(options, *([_load] if options.verb in READING else [])))
     except UserError as error:

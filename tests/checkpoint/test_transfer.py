@@ -42,9 +42,6 @@ TEN = tuple("abcdefghij")
     [
         (10, "auto", (TEN, TEN), False, "classifier kept: of the same 10 classes"),
         (10, "auto", (TEN, TEN[::-1]), True, "of other classes (a, b, c, … there, j, i, h, … here)"),
-        (10, "auto", (TEN, ()), True, "its 10 classes have no names here to compare (vitds.init_from.head=keep would"),
-        (10, "auto", ((), TEN), True, "its 10 classes have no names there to compare"),
-        (10, "auto", ((), ()), True, "its 10 classes have no names there to compare"),
         (10, "keep", (TEN, TEN[::-1]), False, "classifier kept, as vitds.init_from.head says"),
         (10, "reset", (TEN, TEN), True, "classifier starts at zero, as vitds.init_from.head says"),
         (7, "auto", (TEN, TEN[:7]), True, "classifier starts at zero: 10 classes there, 7 here"),
@@ -57,6 +54,12 @@ def test_a_classifier_is_kept_where_its_classes_are_known_to_be_the_same(classes
     assert said in found.notes[0]
     assert not found.resampled
     assert found.kept | found.fresh == set(model_of(THERE).shapes)
+
+
+@pytest.mark.parametrize(("names", "side"), [((TEN, ()), "here"), (((), TEN), "there"), (((), ()), "there")])
+def test_equal_numbers_of_classes_without_names_are_asked_about(names, side):
+    with pytest.raises(UserError, match=rf"init_from\.head: w has 10 classes.* no names {side} .*keep .*or reset"):
+        planned(THERE, names=names)
 
 
 def test_one_that_is_to_be_kept_and_cannot_be_is_refused():
@@ -134,7 +137,7 @@ def test_tensors_too_many_or_too_few_are_named():
         plan_transfer(Path("w"), {"a": (1,)}, {}, model.config, model.shapes)
     shapes = model.shapes | {"pos_embed": (1, 17, 32)}
     with pytest.raises(UserError, match="cannot be resampled from 17 to 16 patches: not square"):
-        plan_transfer(Path("w"), shapes, {}, model.config, model.shapes)
+        plan_transfer(Path("w"), shapes, {}, model.config, model.shapes, "reset")
 
 
 def test_names_that_nobody_chose_are_none():

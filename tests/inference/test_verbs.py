@@ -211,7 +211,7 @@ def test_a_cell_of_many_classes_shows_the_largest_share() -> None:
         (["--images", "digits", "--by-number"], "digits: 10 classes; the model "),
         (["--images", "digits", "--confusion", "a.jpg"], "expected a name that ends with .png"),
         (["--images", "digits", "--per-class", "no/folder/a.csv"], "there is no folder"),
-        (["--images", "digits", "--told", "loss"], "expected KEY=VALUE"),
+        (["--images", "digits", "--set", "loss"], "expected KEY=VALUE"),
         (["--images", "digits", "--ema"], "model.ema"),
     ],
 )

@@ -185,3 +185,11 @@ def test_the_cards_timm_code_loads_the_weights_of_a_checkpoint_and_not_their_ave
     assert loaded.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(loaded[name], value - 2.5 if name == "head.bias" else value), name
+
+
+def test_the_pipeline_of_a_model_without_classifier_says_so(tmp_path: Path) -> None:
+    scrambled(small("map", num_classes=0)).save_pretrained(tmp_path)
+    VitdsImageProcessor(crop_size=38).save_pretrained(tmp_path)
+    pipeline = transformers.pipeline("image-classification", model=str(tmp_path))
+    with pytest.raises(UserError, match="no classifier"):
+        pipeline(noise(20, 20))

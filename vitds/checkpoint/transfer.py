@@ -35,7 +35,7 @@ class InitFromSection:
     head: str = key(
         "auto",
         "The classifier: reset, it starts at zero; keep, it is taken, and must have as many classes; auto, it is taken where "
-        "the names of its classes are known to be those here, and starts at zero otherwise.",
+        "the names of its classes are known to be those here, and starts at zero where they are others; what cannot be known is asked.",
         choices=("auto", "keep", "reset"),
     )
 
@@ -199,9 +199,9 @@ def _judge_head(
         return True, f"{zero}: of other classes ({_some(known)} there, {_some(names)} here)"
     else:
         side = "there" if not known else "here"
-        return (
-            True,
-            f"{zero}: its {now} classes have no names {side} to compare (vitds.init_from.head=keep would take it)",
+        raise UserError(
+            f"vitds.init_from.head: {path} has {now} classes, as many as this run, and no names {side} tell whether they are the "
+            "same; write keep (they are) or reset (the classifier starts at zero)"
         )
     if head == "keep":
         raise UserError(f"vitds.init_from.head: the classifier of {path} cannot be kept: {problem}")

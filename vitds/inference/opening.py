@@ -26,13 +26,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, --told, --ema and --dtype."""
+    """Add --checkpoint, --set, --ema and --dtype."""
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH",
         help="a run's directory (its newest checkpoint), a checkpoint, or a model in another format",
     )  # fmt: skip
     parser.add_argument(
-        "--told", action="append", default=[], metavar="KEY=VALUE",
+        "--set", action="append", default=[], metavar="KEY=VALUE",
         help="what a file of weights does not say of its model, as in num_heads=16 or loss=softmax",
     )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="the average of the weights kept beside them")
@@ -128,10 +128,10 @@ def opened(options: argparse.Namespace) -> Iterator[Session]:
 
 def _session(options: argparse.Namespace) -> Session:
     told = {}
-    for text in options.told:
+    for text in options.set:
         word, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"--told {text!r}: expected KEY=VALUE, as in num_heads=16")
+            raise UserError(f"--set {text!r}: expected KEY=VALUE, as in num_heads=16")
         try:
             told[word] = json.loads(value)
         except json.JSONDecodeError:

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, ImageClassificationPipeline
 
+from vitds.errors import UserError
 from vitds.models.image_processor import VitdsImageProcessor
 
 TASK = "image-classification"
@@ -29,6 +30,8 @@ class ClassificationPipeline(ImageClassificationPipeline):
         """A path, a Pillow image, an array, a tensor, a URL or base64 to the model's inputs."""
         if not isinstance(self.image_processor, VitdsImageProcessor):
             return super().preprocess(image, timeout)
+        if self.model.config.num_labels == 0:
+            raise UserError("this model has no classifier, and no labels to give; vitds embed writes its features")
         if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
             with Image.open(image) as found:
                 return self._inputs(found)
