@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,11 +21,19 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tests.models.test_forward import POOLS, pictures, scrambled, small
 from vitds.checkpoint.exchange import onnx_export
 from vitds.checkpoint.exchange.convert import verified
-from vitds.checkpoint.exchange.given import given
+from vitds.checkpoint.exchange.given import Given, given
 from vitds.checkpoint.exchange.pretrained import open_model
 from vitds.cli import main
 from vitds.errors import UserError
-from vitds.models import VitdsImageProcessor, ViTForImageClassification, resample_position_embedding
+from vitds.models import (
+    Result,
+    Training,
+    VitdsImageProcessor,
+    ViTForImageClassification,
+    model_card,
+    resample_position_embedding,
+)
+from vitds.models.formats import Piece
 
 ENDINGS = {"safetensors": ".safetensors", "big_vision": ".npz", "onnx": ".onnx"}
 
@@ -73,6 +83,57 @@ def test_a_directory_of_ours_is_a_checkpoint_s_model_part(tmp_path: Path) -> Non
     for name, value in model.named_parameters():
         assert torch.equal(again.get_parameter(name), value), name
     assert VitdsImageProcessor.from_pretrained(output).to_dict() == VitdsImageProcessor(crop_size=38).to_dict()
+
+
+def test_what_a_card_says_of_the_training_stays_with_the_same_weights(tmp_path: Path) -> None:
+    """Data, steps and results are of the weights that a run saved: not of an average's, nor of a new classifier's."""
+    model = saved(tmp_path / "model")
+    facts = Training(["Trained on digits"], {"steps": "7 of 9"}, [Result("digits", "top-1", 0.5)])
+    card = model_card(model.config, facts) + "\nOur own words.\n"
+    (tmp_path / "model" / "README.md").write_text(card)
+    save_file(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / "model.ema.safetensors")
+    for options, same in (([], True), (["--dtype", "bf16"], True), (["--ema"], False), (["--classes", "2"], False),
+                          (["--image-size", "45"], False)):  # fmt: skip
+        output = converted(tmp_path / "model", "vitds", *options)
+        written = (output / "README.md").read_text()
+        assert (written == card) == same, options
+        assert ("7 of 9" in written) == same, options
+        shutil.rmtree(output)
+
+
+def test_a_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is read, no more is alive than one tensor of the target is made of, in pieces of the source."""
+    model = saved(tmp_path / "model", depth=12)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    alive, most, read = 0, 0, Given.read
+
+    def counted(self: Given, piece: Piece) -> torch.Tensor:
+        nonlocal alive, most
+        tensor = read(self, piece).clone()
+        number = tensor.numel()
+        alive += number
+        most = max(most, alive)
+
+        def gone() -> None:
+            nonlocal alive
+            alive -= number
+
+        weakref.finalize(tensor.untyped_storage(), gone)
+        return tensor
+
+    monkeypatch.setattr(Given, "read", counted)
+    for to, options in (
+        ("vitds", []),
+        ("safetensors", []),
+        ("siglip", []),
+        ("timm", []),
+        ("big_vision", []),
+        ("big_vision", ["--scan"]),
+    ):
+        output = converted(tmp_path / "model", to, *options)
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+        assert max(sizes) <= most <= 2 * max(sizes) < sum(sizes) / 5, (to, most, max(sizes), sum(sizes))
+        most = 0
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from vitds.errors import UserError
 from vitds.models import ViTConfig, VitdsImageProcessor, ViTForImageClassification, resample_position_embedding
 from vitds.models.formats import Outline, Piece, our_shapes
 
+README = "README.md"
 HEAD, POSITIONS = ("head.weight", "head.bias"), "pos_embed"
 
 
@@ -32,6 +33,9 @@ class Given:
     fresh_head: bool
     changes: tuple[str, ...]
     """What is not as it was, in words."""
+    card: str | None = None
+    """What the README beside the weights says of this very model: how it came about, what it is worth; None where there is
+    none, or where it is of another model."""
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,7 +114,10 @@ def given(
         )
         if config.num_patches != before:
             changes.append(f"position embedding resampled from {before} to {config.num_patches} patches")
-    return Given(weights, config, processor, classes not in (None, there.num_classes), tuple(changes))
+    same = config is there and not ema and not told and weights.format.name == "vitds"
+    card = path / README if same and path.is_dir() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card is not None and card.is_file() else None
+    return Given(weights, config, processor, classes not in (None, there.num_classes), tuple(changes), text)
 
 
 def _words(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vitds.checkpoint.exchange.given import Given
+from vitds.checkpoint.exchange.given import README, Given
 from vitds.checkpoint.exchange.npz import NpzWriter
 from vitds.checkpoint.exchange.pretrained import PROCESSOR
 from vitds.checkpoint.exchange.source import parts_of
@@ -63,13 +63,13 @@ class Target:
 
 
 def write_vitds(given: Given, path: Path, asked: Asked) -> Written:
-    """A checkpoint's model part: our names, configuration, image processor and card."""
+    """A checkpoint's model part: our names, configuration, image processor and card, as it was where the model is the same."""
     config = given.config
     plain = ViTConfig(**{**config.to_dict(), "init_head_bias": 0.0})  # stays in the configuration, as in a checkpoint
     count = _directory(
         path, FORMATS["vitds"].outgoing(plain), given, asked,
         {"config.json": _json(config.to_json_string(use_diff=False)), PROCESSOR: _json(given.processor.to_json_string()),
-         "README.md": model_card(config).encode()},
+         README: (given.card or model_card(config)).encode()},
     )  # fmt: skip
     auto = "AutoModelForImageClassification"
     return Written(f"import vitds, transformers; transformers.{auto}.from_pretrained('OUTPUT')", count)
