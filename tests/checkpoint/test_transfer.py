@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests.launching import ROOT
 from vitds.checkpoint.transfer import InitFromSection, look_at, plan_transfer, source_of
+from vitds.cli import main
 from vitds.config import load_run_file, prepare
 from vitds.errors import UserError
 from vitds.models import ModelSection, ViTForImageClassification, build_config, label_names
@@ -176,6 +178,29 @@ def test_the_headers_of_a_file_tell_what_will_change(tmp_path):
             look_at(InitFromSection(str(path), what), model)
     with pytest.raises(UserError, match="all goes on with the same model; position embedding resampled from 16 to 36"):
         look_at(InitFromSection(str(path), "all"), model_of(replace(THERE, image_size=12)))
+
+
+@pytest.mark.parametrize(
+    ("to", "output", "head"),
+    [
+        ("vitds", "it", "10 classes there, 3 here"),
+        ("timm", "it", "10 classes there, 3 here"),
+        ("big_vision", "it.npz", "10 classes there, 3 here"),
+        ("safetensors", "it.safetensors", "10 classes there, 3 here"),
+        ("siglip", "it", "the weights have none"),  # SigLIP's class for such a pooling has no classifier
+    ],
+)
+def test_any_format_that_is_read_can_be_begun_with(to, output, head, tmp_path):
+    path = tmp_path / output
+    assert main(["convert", "--from", str(write(tmp_path / "hf")), "--to", to, "--output", str(path)]) == 0
+    larger = model_of(replace(THERE, image_size=12, num_classes=3))
+    assert look_at(InitFromSection(str(path)), larger) == (
+        f"weights from {path}", f"classifier starts at zero: {head}", "position embedding resampled from 16 to 36 patches",
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=f"{re.escape(str(path))} holds another model than vitds.model: depth: 2 there, 3"
+    ):
+        look_at(InitFromSection(str(path)), model_of(replace(THERE, depth=3)))
 
 
 def test_a_path_that_is_not_there_is_named_with_the_nearest(tmp_path):

@@ -1,10 +1,12 @@
-"""Which source reads what lies at a path."""
+"""Which source reads what lies at a path; numbers that are told."""
+
+import argparse
 
 import pytest
 from PIL import Image
 
 from vitds.cli import main
-from vitds.data_verbs.arguments import open_path, source_for
+from vitds.data_verbs.arguments import different_numbers, open_path, source_for
 from vitds.errors import UserError
 
 
@@ -43,3 +45,10 @@ def test_the_nearest_argument_is_named(capsys):
     assert (
         "vitds data pack: error: unknown argument: --imagse-per-shard=3 (did you mean '--images-per-shard'?)" in error
     )
+
+
+def test_different_numbers():
+    assert different_numbers("5,1,25") == [1, 5, 25]
+    for wrong in ("", "1,", "0,1", "1,1", "1,01", "-1", "1.5", "²"):
+        with pytest.raises(argparse.ArgumentTypeError, match="different whole numbers ≥ 1"):
+            different_numbers(wrong)

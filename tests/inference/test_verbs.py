@@ -3,8 +3,10 @@
 import argparse
 import csv
 import importlib.util
+import io
 import json
 import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,32 @@ def test_classes_go_by_their_names(
     assert code == 2 and "1 of 2 classes are not the model's: 'dog'" in err and "--by-number" in err
     found = evaluated(capsys, "--checkpoint", model, "--images", str(tmp_path), "--by-number")
     assert found["images"] == 4
+
+
+def test_several_labels_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The best class is right if it is one of them, for each of them; an image without any counts for nothing."""
+    net = tiny(4, "sigmoid")
+    model = saved(tmp_path / "model", net, VitdsImageProcessor(16, 18))
+    labels, images = [[0, 2], [1], [], [3, 0], [2]], [encoded("RGB", 20, 20, i) for i in range(5)]
+    with tarfile.open(tmp_path / "set.tar", "w") as shard:
+        for i, (image, numbers) in enumerate(zip(images, labels, strict=True)):
+            for name, content in ((f"{i}.png", image), (f"{i}.json", json.dumps({"labels": numbers}).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    table = tmp_path / "classes.json"
+    found = evaluated(capsys, "--checkpoint", model, "--images", str(tmp_path / "set.tar"), "--top", "2,1", "--batch", "2", "--per-class", str(table))  # fmt: skip
+    with torch.no_grad():
+        pixels = VitdsImageProcessor(16, 18)([decode(image) for image in images], return_tensors="pt")["pixel_values"]
+        order = net(pixels).logits.argsort(dim=1, descending=True).tolist()
+    told = [(best, own) for best, own in zip(order, labels, strict=True) if own]
+    for k in (1, 2):
+        assert found[f"top{k}"] == np.mean([bool({*best[:k]} & {*own}) for best, own in told])
+    assert found["images"] == 4 and 0 < found["mean_average_precision"] < 1
+    rows = json.loads(table.read_text())
+    assert [row["images"] for row in rows] == [2, 1, 2, 1]
+    for c, row in enumerate(rows):
+        assert row["top2"] == np.mean([bool({*best[:2]} & {*own}) for best, own in told if c in own])
 
 
 def test_renumbered_labels() -> None:

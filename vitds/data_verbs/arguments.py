@@ -18,9 +18,24 @@ from vitds.errors import UserError
 
 def at_least_one(text: str) -> int:
     """A whole number ≥ 1, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
+    if not _is_at_least_one(text):
         raise argparse.ArgumentTypeError(f"expected a whole number ≥ 1, found {text!r}")
     return int(text)
+
+
+def different_numbers(text: str) -> list[int]:
+    """Whole numbers ≥ 1 with commas between, none of them twice, ascending, for argparse."""
+    parts = text.split(",")
+    numbers = {int(part) for part in parts if _is_at_least_one(part)}
+    if len(numbers) < len(parts):
+        raise argparse.ArgumentTypeError(
+            f"expected different whole numbers ≥ 1 with commas between, as in 1,5, found {text!r}"
+        )
+    return sorted(numbers)
+
+
+def _is_at_least_one(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) > 0
 
 
 def share(text: str) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from vitds import dist
 from vitds.data import TooManyBad
 from vitds.data.storage import StorageError
+from vitds.data_verbs.arguments import different_numbers
 from vitds.errors import UserError
 from vitds.evaluation.classification import TOPS, evaluate
 from vitds.evaluation.confusion import Confusion, Ranking
@@ -37,7 +38,7 @@ def add_verb(verbs: Any) -> None:
         "--by-number", action="store_true", help="the images' classes are the model's by number, whatever their names"
     )
     parser.add_argument(
-        "--top", type=_tops, default=TOPS, metavar="K,…", help="a label among so many best is right; 1,5"
+        "--top", type=different_numbers, default=TOPS, metavar="K,…", help="a label among so many best is right; 1,5"
     )
     parser.add_argument(
         "--confusion", type=Path, metavar="FILE.png", help="draw which classes are mistaken for which; needs matplotlib"
@@ -160,10 +161,3 @@ def _write_table(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _tops(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected whole numbers ≥ 1 with commas between, as in 1,5, found {text!r}")
-    return tuple(sorted({int(part) for part in parts}))

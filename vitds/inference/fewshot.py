@@ -11,7 +11,7 @@ from typing import Any
 from vitds import dist
 from vitds.data import DataSection, SourceSection
 from vitds.data.transforms import build_transforms
-from vitds.data_verbs.arguments import at_least_one
+from vitds.data_verbs.arguments import at_least_one, different_numbers
 from vitds.errors import UserError
 from vitds.evaluation.fewshot import FewShot
 from vitds.evaluation.probe_sets import FewshotSection, ProbeSet, check_probe, draw_set, open_sets, squash
@@ -34,7 +34,7 @@ def add_verb(verbs: Any) -> None:
         "--config", metavar="RUN.json", help="in place of both: the sets, shots, seeds and l2 of a run file's vitds.fewshot"
     )  # fmt: skip
     parser.add_argument(
-        "--shots", type=_numbers, metavar="K,…", help="images per class; " + ",".join(map(str, STANDARD.shots))
+        "--shots", type=different_numbers, metavar="K,…", help="images per class; " + ",".join(map(str, STANDARD.shots))
     )
     parser.add_argument(
         "--seeds", type=at_least_one, metavar="N", help=f"draws, of the seeds 0, 1, …; {STANDARD.seeds}"
@@ -132,12 +132,3 @@ def _table(one: ProbeSet, right: dict[int, list[float]]) -> str:
     for k, seeds in right.items():
         lines.append(f"{k:>5}" + "".join(f"{share:>10.2%}" for share in [*seeds, sum(seeds) / len(seeds)]))
     return "\n".join(lines)
-
-
-def _numbers(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(
-            f"expected different whole numbers ≥ 1 with commas between, as in 1,5, found {text!r}"
-        )
-    return [int(part) for part in parts]

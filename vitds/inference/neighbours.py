@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from vitds import dist
-from vitds.data_verbs.arguments import at_least_one
+from vitds.data_verbs.arguments import at_least_one, different_numbers
 from vitds.errors import UserError
 from vitds.evaluation.neighbours import METRICS, TEMPERATURE, knn_accuracy, nearest
 from vitds.inference.embeddings import Embeddings, finite, open_embeddings
@@ -34,7 +34,7 @@ def add_verb(verbs: Any) -> None:
     parser.add_argument("--neighbours", type=at_least_one, metavar="K", default=5, help="of each image; 5")
     parser.add_argument("--metric", choices=METRICS, default="cosine", help="cosine when absent")
     parser.add_argument("--show", metavar="KEY,… or N", default="3", help="images whose neighbours are shown, by key, or the number of them; 3")  # fmt: skip
-    parser.add_argument("--knn", type=_numbers, metavar="K,…", help="also the accuracy of a vote of the K nearest, as in 10,20: a neighbour of cosine s votes with "
+    parser.add_argument("--knn", type=different_numbers, metavar="K,…", help="also the accuracy of a vote of the K nearest, as in 10,20: a neighbour of cosine s votes with "
                         f"exp(s/{TEMPERATURE}); of DIR itself leave-one-out")  # fmt: skip
     parser.add_argument(
         "--index", type=Path, metavar="FILE.faiss", help="write an exact faiss index of DIR; needs faiss"
@@ -188,12 +188,3 @@ def _described(found: dict[str, Any], bank: Embeddings, query: Embeddings, optio
     if "index" in found:
         lines.append(f"faiss index: {found['index']}")
     return "\n".join(lines)
-
-
-def _numbers(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(
-            f"expected different whole numbers ≥ 1 with commas between, as in 10,20, found {text!r}"
-        )
-    return [int(part) for part in parts]
