@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.digit_files import write_folders
 from tests.evaluation import reference
@@ -247,6 +248,10 @@ def test_training_measures_what_the_saved_weights_are_worth(trained: tuple[Path,
             given = {"sets": {"digits": {"train": PLAIN, "test": PLAIN}}, "shots": [1, 5, 25], "seeds": 2}
             for name, value in measured(given, engine).items():
                 assert rows[step][name.replace("fewshot", prefix)] == pytest.approx(value, abs=1.5 / 360), name
+    curves = EventAccumulator(str(trained[0] / "tensorboard")).Reload()
+    for name in names:
+        points = [(point.step, point.value) for point in curves.Scalars(name)]
+        assert points == [(step, pytest.approx(rows[step][name])) for step in (3, 6)], name
     assert "eval/top1" not in rows[3]
     assert {"eval/top1", "minival/top1", "minival_ema/top1", "data/bad_samples_minival"} <= set(rows[6])
     state = json.loads((trained[0] / "checkpoints" / "step-000000006" / "training_state.json").read_text())
