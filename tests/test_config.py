@@ -203,3 +203,25 @@ def test_a_plugin_s_optimizer_is_chosen_by_name(tmp_path, monkeypatch):
             load(tmp_path, sets=[*sets, "optimizer.type=Mina"])
     finally:
         OPTIMIZERS.pop("Mine", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "schedule", "average"),
+    [("giant_g14", "ViT-g/14", "cosine", None), ("gigantic_G14", "ViT-G/14", "constant", 0.9999)],
+)
+def test_the_shipped_fine_tunes_are_the_papers(name, variant, schedule, average):
+    """Appendix D: 518 px, SGD with momentum, batch 512, clipping at 1, no decay, softmax, a new classifier, 2 % held out; for G a flat
+    rate and an average."""
+    run = load_run_file(str(DIGITS.parent / f"finetune_{name}_518.json"), world_size=32)
+    assert run.optimizer["type"] == "HalfPrecisionMomentumSGD"
+    assert run.optimizer["params"] == {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0}
+    assert (run.resolved["train_batch_size"], run.resolved["gradient_clipping"]) == (512, 1.0)
+    assert run.resolved["scheduler"] == {"type": schedule, "params": {"warmup_steps": 500}}
+    model, data = run.vitds.model, run.vitds.data
+    assert (model.variant, model.image_size, model.loss, model.init_head_bias) == (variant, 518, "softmax", 0.0)
+    assert (data.train.transforms, data.minival, data.mixup) == (["inception_crop", "flip_lr"], 0.02, 0.0)
+    assert data.processor(518) == {"size": 592, "crop_size": 518}  # as 256 is to 224
+    assert run.resolved["vitds"]["train"]["total_steps"] == 20_000
+    assert (run.vitds.init_from.head, run.vitds.ema.decay, run.vitds.groups) == ("reset", average, [])
+    for rate in ("0.03", "0.01"):
+        assert rate in run.resolved["_about"]["sweep"]
