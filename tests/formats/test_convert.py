@@ -98,6 +98,7 @@ def test_what_a_card_says_of_the_training_stays_with_the_same_weights(tmp_path: 
         written = (output / "README.md").read_text()
         assert (written == card) == same, options
         assert ("7 of 9" in written) == same, options
+        assert ("A Vision Transformer trained with vitds" in written) == same, options
         shutil.rmtree(output)
 
 

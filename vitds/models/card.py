@@ -87,7 +87,7 @@ def model_card(config: ViTConfig, training: Training | None = None) -> str:
 ---
 # {title}
 
-A Vision Transformer trained with vitds: {config.image_size}×{config.image_size} pixels, {config.pool} pooling, \
+A Vision Transformer {"trained with vitds" if training else "in vitds' format"}: {config.image_size}×{config.image_size} pixels, {config.pool} pooling, \
 {config.num_classes} classes, {config.loss} cross-entropy.
 Width {shape.width}, depth {shape.depth}, MLP {shape.mlp_dim}, {shape.num_heads} heads, patches of {shape.patch_size}; \
 {parameter_count(config):,} parameters.
