@@ -49,6 +49,7 @@ BAD = [
     ("vitds.data.train.source", "digit", "digits"),
     ("vitds.data.train.transforms", ["flip_rl"], "flip_lr"),
     ("vitds.guard", {"nonfinite": "ignore"}, "stop, skip"),
+    ("vitds.init_from", "runs/digits", "expected an object, found 'runs/digits'"),
     ("vitds.cluster", {"min_gpus": 4}, "min_gpus is 4, and this start has 2 rank"),
     ("vitds.cluster", {"max_gpus": 1}, "max_gpus is 1, and this start has 2 ranks"),
     ("vitds.plugins", ["no_such_module_here"], "no_such_module_here"),

@@ -197,6 +197,8 @@ def _name(hint: Any) -> str:
         dict: "an object",
         list: "a list",
     }
+    if dataclasses.is_dataclass(hint):
+        return words[dict]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_name(option) for option in typing.get_args(hint) if option is not type(None))
     return words.get(typing.get_origin(hint) or hint, getattr(hint, "__name__", str(hint)))

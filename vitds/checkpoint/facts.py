@@ -83,7 +83,10 @@ def results(evaluation: Mapping[str, Any], roles: Mapping[str, Mapping[str, Any]
             continue
         if role == "fewshot":
             if probe := _FEWSHOT.fullmatch(metric):
-                found.append(Result(probe["set"], f"linear probe, {probe['shots']} images of a class{averaged}", value))
+                images = "image" if probe["shots"] == "1" else "images"
+                found.append(
+                    Result(probe["set"], f"linear probe, {probe['shots']} {images} of a class{averaged}", value)
+                )
             continue
         name = data_name(roles["eval" if role == "eval" else "train"]) if role in (*roles, "minival") else role
         name += " (held out of training)" if role == "minival" else ""
