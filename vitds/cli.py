@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from vitds.errors import UserError, nearest
+from vitds.errors import UserError, nearest, one_of
 
 VERBS = {
     "check": "vitds.check", "plan": "vitds.planning.verbs", "shapes": "vitds.planning.shapes_verb",
@@ -43,7 +43,10 @@ class _Verbs(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 where the user's input is wrong, else what the verb says."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    asked = [arguments[0]] if arguments and arguments[0] in VERBS else [*VERBS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        print(f"vitds: {one_of('verb', arguments[0], VERBS)}", file=sys.stderr)
+        return 2
+    asked = arguments[:1] if arguments and arguments[0] in VERBS else [*VERBS]
     rooms: dict[str, Any] = {name: importlib.import_module(VERBS[name]) for name in asked}
     parser = _Verbs(prog="vitds", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)

@@ -86,11 +86,23 @@ def test_a_file_by_itself_holds_the_whole_bias_and_is_told_its_heads(
     tmp_path: Path, model: ViTForImageClassification
 ) -> None:
     save_file({name: value.detach() for name, value in model.named_parameters()}, tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match=r"bare\.safetensors: num_heads: the weights do not tell it.*say num_heads=N"):
+    with pytest.raises(
+        UserError, match=r"bare\.safetensors: num_heads: the weights do not tell it.*say --set num_heads=N"
+    ):
         open_model(tmp_path / "bare.safetensors")
     opened = open_model(tmp_path / "bare.safetensors", told={"num_heads": 3, "image_size": 18})
     assert opened.model.config.init_head_bias == 0.0
     assert opened.processor.crop_size["height"] == 18
+
+
+def test_heads_that_a_configuration_says_are_not_told_otherwise(
+    tmp_path: Path, model: ViTForImageClassification
+) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"num_heads: 4 is told, and its config\.json has 3"):
+        open_model(tmp_path, told={"num_heads": 4})
+    with pytest.raises(UserError, match=r"holds no model\.ema, no average of its weights"):
+        open_model(tmp_path, kind=EMA)
 
 
 def without(name: str) -> Callable[[Path], None]:

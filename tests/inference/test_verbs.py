@@ -305,3 +305,8 @@ def test_ranks_share_the_images(model: str, folder: Path, capsys: pytest.Capture
     done = ranks(2, script, "predict", "--checkpoint", model, str(folder), "--batch", "1")
     assert done.returncode == 0, done.stdout
     assert [line for line in done.stdout.splitlines() if line in one.splitlines()] == one.splitlines()
+
+
+def test_a_verb_that_is_none_is_named_with_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["predct", "x.png"]) == 2
+    assert "verb: 'predct' is not known (did you mean 'predict'?)" in capfd.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from vitds.checkpoint.exchange.npz import Npz
 from vitds.checkpoint.exchange.source import SafetensorsSource, Source
 from vitds.checkpoint.files import read_json
-from vitds.checkpoint.format import MANIFEST, MODEL, Manifest, index_name, read_tensors
+from vitds.checkpoint.format import EMA, MANIFEST, MODEL, Manifest, index_name, read_tensors
 from vitds.checkpoint.load import agreed, check_share, shared_out
 from vitds.checkpoint.reading import agree, mismatches, read, refuse
 from vitds.checkpoint.tensorfile import StoredTensor, TensorSpec, read_header
@@ -123,7 +123,8 @@ class WeightsFile:
         """The model's configuration.
 
         Args:
-            told: ViTConfig's words, and `variant`; they come before config.json's.
+            told: ViTConfig's words, and `variant`; they come before config.json's, but not its heads: those would make
+                another model of the same weights.
 
         Raises:
             UserError: something that is told and is not so, or that nothing tells.
@@ -135,7 +136,10 @@ class WeightsFile:
             there = dict(self.told)
             if words.get("loss", there.get("loss")) != there.get("loss"):
                 there.pop("problem_type", None)  # follows from the loss
-            return config_of(self.outline, {**there, **words})
+            found, heads = config_of(self.outline, {**there, **words}), there.get("num_heads")
+            if heads is not None and heads != found.num_heads:
+                raise UserError(f"num_heads: {found.num_heads} is told, and its {CONFIG} has {heads}")
+            return found
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -214,7 +218,8 @@ class WeightsFile:
         elif not _holds(path, MODEL):
             _no_weights(path)
         if not _holds(path, kind):
-            raise UserError(f"{path}: holds no {kind}: neither {kind}.safetensors nor {index_name(kind)} is there")
+            why = ", no average of its weights (vitds.ema.decay keeps one)" if kind == EMA else ""
+            raise UserError(f"{path}: holds no {kind}{why}: neither {kind}.safetensors nor {index_name(kind)} is there")
         return SafetensorsSource(path, read_tensors(path, kind))
 
     @contextlib.contextmanager

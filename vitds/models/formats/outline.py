@@ -141,7 +141,7 @@ def _usual_heads(outline: Outline) -> int:
             return shape.num_heads
     raise UserError(
         f"num_heads: the weights do not tell it, and no variant is {outline.width} wide, {outline.depth} deep, with an MLP "
-        f"of {outline.mlp_dim}; say num_heads=N (or keep config.json beside the weights)"
+        f"of {outline.mlp_dim}; say --set num_heads=N (or keep config.json beside the weights)"
     )
 
 
