@@ -6,7 +6,6 @@ final masters, and the names that a checkpoint holds.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from tests.zero.small import SCHEDULE, build_engine
+from tests.zero.small import SCHEDULE, build_engine, leave_with
 from vitds import dist
 from vitds.checkpoint import CheckpointSection, open_checkpoint
 from vitds.checkpoint.format import MODEL as WEIGHTS
@@ -159,9 +157,7 @@ def main(directory: Path) -> None:
                 scratch = Path(dist.broadcast_object(tempfile.mkdtemp(dir=directory) if dist.is_main() else None))
                 facts[f"{cell}, {part}"], held = run(cell, part, scratch)
                 tensors |= {f"{cell}, {part}|{key}": value for key, value in held.items()}
-    (directory / f"rank{dist.rank()}.json").write_text(json.dumps(facts))
-    save_file(tensors, str(directory / f"rank{dist.rank()}.safetensors"))
-    dist.leave(0)
+    leave_with(directory, facts, tensors)
 
 
 if __name__ == "__main__":

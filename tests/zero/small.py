@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.zero.cells import ACCUMULATION, CELLS, flat_elements
 from vitds import dist
@@ -71,3 +74,10 @@ def one_step(engine: TrainingEngine, batches: Iterable[Batch], drop: bool = Fals
         engine.backward(loss)
         losses.append(loss.detach())
     return engine.mean_loss(losses), engine.step(drop=drop)
+
+
+def leave_with(directory: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """End this rank's script; what it has found lies in `directory` for the test."""
+    (directory / f"rank{dist.rank()}.json").write_text(json.dumps(facts))
+    save_file(tensors, str(directory / f"rank{dist.rank()}.safetensors"))
+    dist.leave(0)

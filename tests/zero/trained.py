@@ -6,7 +6,6 @@ Written per rank: losses, final masters, and whether the two runs ended with the
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from tests.zero import small
 from tests.zero.cells import ACCUMULATION, CELLS
-from tests.zero.small import ADAM, DATA, SCHEDULE, TORCH_ADAM, build_engine, one_step
+from tests.zero.small import ADAM, DATA, SCHEDULE, TORCH_ADAM, build_engine, leave_with, one_step
 from vitds import dist
 from vitds.checkpoint import CheckpointSection
 from vitds.checkpoint.state import RunState
@@ -188,9 +186,7 @@ def main(directory: Path) -> None:
         scratch = Path(dist.broadcast_object(tempfile.mkdtemp(dir=directory) if dist.is_main() else None))
         facts[name], held = run(name, scratch)
         tensors |= {f"{name}|{key}": value for key, value in held.items()}
-    (directory / f"rank{dist.rank()}.json").write_text(json.dumps(facts))
-    save_file(tensors, str(directory / f"rank{dist.rank()}.safetensors"))
-    dist.leave(0)
+    leave_with(directory, facts, tensors)
 
 
 if __name__ == "__main__":

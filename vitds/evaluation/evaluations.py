@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from vitds.data import BadSamples, DataSection, EvalLoader, Sources
+from vitds.data.sources import Role
 from vitds.evaluation.classification import evaluate
 from vitds.evaluation.fewshot import FewShot
 from vitds.evaluation.probe_sets import FewshotSection, ProbeSet
@@ -52,7 +53,7 @@ class Evaluations:
         self._engine, self._loss, self._bad = engine, loss, bad
         self._every, self._weights, self._during = every, weights, during
         named: dict[str, Any] = {"num_classes": num_classes, "bad": bad, **shared}
-        self._loaders: dict[str, EvalLoader] = {}
+        self._loaders: dict[Role, EvalLoader] = {}
         if sources.eval is not None:
             self._loaders["eval"] = EvalLoader(sources.eval, data, **named)
         if sources.minival is not None:
@@ -91,6 +92,6 @@ class Evaluations:
                         costs.get("perf/fewshot_seconds", 0.0) + time.perf_counter() - started
                     )
         for name in loaders:
-            costs |= self._bad.row("minival" if name == "minival" else "eval")
+            costs |= self._bad.row(name)
         progress.evaluation, progress.evaluated = found, step
         return found | costs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as torch_dist
 
 from vitds import dist
-from vitds.checkpoint.exchange.pretrained import open_model
+from vitds.checkpoint.exchange.pretrained import open_model, told_by
 from vitds.checkpoint.format import EMA, MODEL
 from vitds.errors import UserError
 from vitds.launched import adopt
@@ -127,19 +126,10 @@ def opened(options: argparse.Namespace) -> Iterator[Session]:
 
 
 def _session(options: argparse.Namespace) -> Session:
-    told = {}
-    for text in options.set:
-        word, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set {text!r}: expected KEY=VALUE, as in num_heads=16")
-        try:
-            told[word] = json.loads(value)
-        except json.JSONDecodeError:
-            told[word] = value
     found = open_model(
         Path(options.checkpoint).expanduser(),
         kind=EMA if options.ema else MODEL,
-        told=told,
+        told=told_by(options.set),
         device=dist.device(),
         dtype=DTYPES[options.dtype],
     )

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 from vitds.checkpoint.exchange.forwards import differences, opened, ours, outputs
 from vitds.checkpoint.exchange.given import Given, given
-from vitds.checkpoint.exchange.pretrained import TOLD
+from vitds.checkpoint.exchange.pretrained import told_by
 from vitds.checkpoint.exchange.targets import DTYPES, FILE_BYTES, TARGETS, Asked, Target, Written
 from vitds.checkpoint.exchange.weights import CONFIG
 from vitds.checkpoint.files import sync_directory
@@ -60,8 +59,13 @@ def run(options: argparse.Namespace) -> int:
             that cannot hold them, a disk that is full, sides that are too far apart.
     """
     target = _checked(options)
-    told = dict(_told(each) for each in options.set)
-    model = given(options.source, ema=options.ema, told=told, classes=options.classes, image_size=options.image_size)
+    model = given(
+        options.source,
+        ema=options.ema,
+        told=told_by(options.set),
+        classes=options.classes,
+        image_size=options.image_size,
+    )
     for line in model.changes:
         print(f"changed: {line}")
     asked = Asked(options.dtype, options.scan, int(options.file_gb * 1e9))
@@ -106,18 +110,6 @@ def _checked(options: argparse.Namespace) -> Target:
     if not 0 < options.file_gb < math.inf:
         raise UserError(f"--file-gb: {options.file_gb} is not possible; a number above 0")
     return target
-
-
-def _told(text: str) -> tuple[str, Any]:
-    """One KEY=VALUE; the value as JSON, else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set: expected KEY=VALUE, found {text!r}")
-    if name not in TOLD:
-        raise UserError(one_of("--set", name, TOLD))
-    with contextlib.suppress(ValueError):
-        return name, json.loads(value)
-    return name, value
 
 
 @contextlib.contextmanager

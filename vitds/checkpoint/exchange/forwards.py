@@ -27,14 +27,19 @@ class Opened(NamedTuple):
 
 def ours(model: ViTForImageClassification) -> Opened:
     """Our model."""
+    return _by_timms_names("vitds", model, model.config.num_classes)
+
+
+def _by_timms_names(by: str, model: Any, num_classes: int) -> Opened:
+    """A model with timm's methods, as ours has them."""
 
     def run(images: torch.Tensor) -> Outputs:
         tokens = model.forward_features(images)
         features = model.forward_head(tokens, pre_logits=True)
         found = {"tokens": tokens, "features": features}
-        return {**found, "logits": model.head(features)} if model.config.num_classes else found
+        return {**found, "logits": model.head(features)} if num_classes else found
 
-    return Opened("vitds", run)
+    return Opened(by, run)
 
 
 def opened(path: Path, told: Mapping[str, Any]) -> Opened:
@@ -93,14 +98,7 @@ def _timm(path: Path) -> Opened:
     import timm
 
     model = timm.create_model(f"local-dir:{path.resolve()}", pretrained=True).float().eval()
-
-    def run(images: torch.Tensor) -> Outputs:
-        tokens = model.forward_features(images)
-        features = model.forward_head(tokens, pre_logits=True)
-        found = {"tokens": tokens, "features": features}
-        return {**found, "logits": model.head(features)} if model.num_classes else found
-
-    return Opened(f"timm {timm.__version__}", run)
+    return _by_timms_names(f"timm {timm.__version__}", model, model.num_classes)
 
 
 @torch.no_grad()

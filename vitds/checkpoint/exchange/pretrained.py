@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -86,6 +87,26 @@ def open_model(
     weights.read_into(shards)
     step = None if weights.manifest is None else weights.manifest.step
     return Opened(model, processor_beside(found, config.image_size), found, weights.format.name, step)
+
+
+def told_by(texts: Sequence[str]) -> dict[str, Any]:
+    """What a command line's `--set KEY=VALUE` say of a model; a value is JSON, else a string.
+
+    Raises:
+        UserError: another form, or a word that is none of TOLD.
+    """
+    told = dict[str, Any]()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text!r}: expected KEY=VALUE, as in num_heads=16")
+        if name not in TOLD:
+            raise UserError(one_of("--set", name, TOLD))
+        try:
+            told[name] = json.loads(value)
+        except json.JSONDecodeError:
+            told[name] = value
+    return told
 
 
 def weights_of(path: Path) -> Path:
